@@ -1,0 +1,203 @@
+"""A cache as a value: frozen at a chunk boundary, on the CPU, saved, loaded and continued.
+
+Continuing copies out of it, so a frozen cache can be continued any number of times and every
+continuation is on its own. It holds what the next chunk needs and nothing that can be made again:
+not the decoder's state (gigabytes at full size), but the newest latents to warm a decoder with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .cache import Keyframe
+from .conditioning import Conditioner, Conditioning
+from .records import (
+    Record,
+    metadata_of,
+    record_of,
+    schedule_from_record,
+    schedule_to_record,
+    settings_from_json,
+    settings_to_json,
+)
+from .schedule import Schedule
+from .settings import SamplerSettings
+
+KIND = "cache"
+# Latent frames kept to warm a decoder: see tests/test_stream.py for the seam this leaves.
+WARM_LATENTS = 12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenCache:
+    """Everything a generation needs to go on. Tensors are on the CPU; do not write to them.
+
+    `keys` (before RoPE) and `values` are [layers, B, keyframes + frames, S, N, D], one per
+    branch. `warm` are the newest clean latents [B, C, F, H, W].
+    """
+
+    fingerprint: str  # of the model's weights and patches
+    size: tuple[int, int]  # width, height in pixels
+    fps: float
+    settings: SamplerSettings
+    conditioning: Conditioning
+    chunk: int
+    frontier: int  # latent frames the video has
+    planned_at: int
+    frames: tuple[int, ...]  # held past frames
+    future: tuple[Keyframe, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    warm: Tensor
+
+    @property
+    def total_bytes(self) -> int:
+        tensors = (*self.keys, *self.values, self.warm)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def content_id(self) -> str:
+        """Return a short name of the content, for a journal to say what it continues."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.fingerprint, self.size, self.chunk, self.frontier)).encode())
+        digest.update(self.warm.float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check(
+        self, *, fingerprint: str, size: tuple[int, int], fps: float, settings: SamplerSettings
+    ) -> None:
+        """Raise `ValueError` naming the first thing that keeps this cache from being continued.
+
+        Steps, seed, sigmas and guidance may differ; whatever shaped its contents may not.
+        """
+        if self.fingerprint != fingerprint:
+            raise ValueError(
+                "the cache was made with another model (or other LoRAs): its weights are "
+                f"{self.fingerprint[:8]}, these are {fingerprint[:8]}; load that model, or start "
+                "anew"
+            )
+        mine, policy = self.settings, settings.policy
+        for name, own, wanted in (
+            ("size", "x".join(map(str, self.size)), "x".join(map(str, size))),
+            ("frame rate", f"{self.fps:g}", f"{fps:g}"),
+            ("a batch of", len(mine.seeds), len(settings.seeds)),
+            ("chunk", mine.chunk, settings.chunk),
+            ("sink", mine.policy.sink, policy.sink),
+            ("window", mine.policy.window or "all", policy.window or "all"),
+            ("positions", mine.policy.positions, policy.positions),
+            ("policy", mine.policy.policy, policy.policy),
+            ("cfg", *("above 1" if s.cfg > 1 else "1" for s in (mine, settings))),
+        ):
+            if own != wanted:
+                raise ValueError(
+                    f"the cache was made with {name} {own}, not {wanted}; use {own}, or start anew"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file, whole or not at all."""
+        path = Path(path)
+        record = self._to_record()
+        temporary = path.with_name(path.name + ".writing")
+        try:
+            tensors = {name: t.contiguous() for name, t in record.tensors.items()}
+            save_file(tensors, temporary, metadata=metadata_of(record))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FrozenCache:
+        """Read a cache file; `ValueError` when it is missing, damaged or something else."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"cache {path} does not exist; save one with --save-cache")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = record_of(metadata, tensors)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a cache that can be read ({error}); save it again with --save-cache"
+            ) from error
+        if record.kind != KIND:
+            raise ValueError(f"{path} holds a {record.kind}, not a cache; use a --save-cache file")
+        try:
+            return cls._from_record(record)
+        except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"cache {path} is damaged ({error}); make it again") from error
+
+    def _to_record(self) -> Record:
+        schedule, tensors = schedule_to_record(self.conditioning)
+        header: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "size": list(self.size),
+            "fps": self.fps,
+            "settings": settings_to_json(self.settings),
+            "schedule": schedule,
+            "chunk": self.chunk,
+            "frontier": self.frontier,
+            "planned_at": self.planned_at,
+            "frames": list(self.frames),
+            "future": [list(key) for key in self.future],
+        }
+        for branch, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            tensors[f"keys.{branch}"], tensors[f"values.{branch}"] = keys, values
+        return Record(KIND, header, tensors | {"warm": self.warm})
+
+    @classmethod
+    def _from_record(cls, record: Record) -> FrozenCache:
+        header, tensors = record.header, record.tensors
+        conditioner = Conditioner(fps=header["fps"], negative=tensors.get("negative"))
+        schedule = schedule_from_record(header["schedule"], tensors, conditioner)
+        branches = sorted(name for name in tensors if name.startswith("keys."))
+        frozen = cls(
+            fingerprint=header["fingerprint"],
+            size=(int(header["size"][0]), int(header["size"][1])),
+            fps=float(header["fps"]),
+            settings=settings_from_json(header["settings"]),
+            conditioning=conditioner.prepare(schedule, int(header["schedule"]["version"])),
+            chunk=int(header["chunk"]),
+            frontier=int(header["frontier"]),
+            planned_at=int(header["planned_at"]),
+            frames=tuple(int(frame) for frame in header["frames"]),
+            future=tuple(Keyframe(*key) for key in header["future"]),
+            keys=tuple(tensors[name] for name in branches),
+            values=tuple(tensors[name.replace("keys", "values")] for name in branches),
+            warm=tensors["warm"],
+        )
+        held = len(frozen.frames) + len(frozen.future)
+        for part in (*frozen.keys, *frozen.values):
+            if part.dim() != 6 or part.shape[2] != held or part.shape != frozen.keys[0].shape:
+                raise ValueError(f"keys and values of {held} frames were expected")
+        return frozen
+
+
+def continued_schedule(cache: FrozenCache, more: Schedule | None) -> Schedule:
+    """Return the schedule a continuation follows: the cache's own, with `more` behind it."""
+    own = cache.conditioning.schedule
+    if more is not None:
+        return own.extended(more)
+    if cache.conditioning.timeline.latent_frames <= cache.frontier:
+        raise ValueError("the cache's steps are all generated; give it more steps to go on with")
+    return own
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU that shares nothing with `tensor`."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def newest(parts: Sequence[Tensor], latent_frames: int = WARM_LATENTS) -> Tensor:
+    """Return the last `latent_frames` of latents given in parts along F."""
+    return torch.cat(list(parts), dim=2)[:, :, -latent_frames:]

@@ -1,0 +1,1 @@
+"""The causal video transformer: its tree, its forward, its rotary positions, its files."""

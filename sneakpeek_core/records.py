@@ -1,0 +1,131 @@
+"""Values as bytes: a JSON header and tensors in one safetensors block, never a pickle.
+
+Cache files are one such block, journals a row of them. What is read back is not trusted: a block
+that is damaged or of another kind is a `ValueError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .conditioning import Conditioner, Conditioning
+from .guidance import FutureGuidance
+from .policy import CachePolicy
+from .schedule import Schedule, Step
+from .settings import SamplerSettings
+
+KIND = "sneakpeek.kind"
+HEADER = "sneakpeek"
+
+
+class Record(NamedTuple):
+    """One block: what it is, its header and its tensors."""
+
+    kind: str
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def metadata_of(record: Record) -> dict[str, str]:
+    """Return the safetensors metadata of a record."""
+    return {KIND: record.kind, HEADER: json.dumps(record.header)}
+
+
+def to_bytes(record: Record) -> bytes:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in record.tensors.items()}
+    return save(tensors, metadata=metadata_of(record))
+
+
+def from_bytes(data: bytes) -> Record:
+    """Read one block; `ValueError` when it is damaged or none of ours."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        return record_of(metadata, load(data))
+    except (ValueError, SafetensorError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the block is damaged ({error})") from error
+
+
+def record_of(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Record:
+    """Return the record that file metadata and tensors make; `ValueError` if they are not ours."""
+    if KIND not in metadata or HEADER not in metadata:
+        raise ValueError("it was not written by SneakPeek")
+    header = json.loads(metadata[HEADER])
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    return Record(metadata[KIND], header, tensors)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def settings_to_json(settings: SamplerSettings) -> dict[str, Any]:
+    return asdict(settings)
+
+
+def settings_from_json(values: Mapping[str, Any]) -> SamplerSettings:
+    """Rebuild settings; `ValueError` for unknown or impossible ones."""
+    try:
+        fields = dict(values)
+        fields["policy"] = CachePolicy(**fields["policy"])
+        if fields["guidance"] is not None:
+            fields["guidance"] = FutureGuidance(**fields["guidance"])
+        for name in ("sigmas", "first_sigmas", "seeds"):
+            if fields[name] is not None:
+                fields[name] = tuple(fields[name])
+        return SamplerSettings(**fields)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"its settings are damaged ({error})") from error
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+
+def schedule_to_record(conditioning: Conditioning) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a schedule with its embeddings and goals, so that no encoder is needed to go on."""
+    steps, tensors = [], {}
+    for index, step in enumerate(conditioning.schedule.steps):
+        steps.append(
+            {"text": step.text, "seconds": step.seconds, "own_embeds": step.embeds is not None}
+        )
+        tensors[f"text.{index}"] = conditioning.texts[index]
+        goal = conditioning.goals[index]
+        if goal is not None:
+            tensors[f"goal.{index}"] = goal
+    if conditioning.negative is not None:
+        tensors["negative"] = conditioning.negative
+    header = {
+        "base": conditioning.schedule.base,
+        "steps": steps,
+        "version": conditioning.version,
+    }
+    return header, tensors
+
+
+def schedule_from_record(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor], conditioner: Conditioner
+) -> Schedule:
+    """Return the schedule; its embeddings become known to `conditioner`."""
+    try:
+        steps = []
+        for index, step in enumerate(header["steps"]):
+            embeds = tensors[f"text.{index}"]
+            goal = tensors.get(f"goal.{index}")
+            own = embeds if step["own_embeds"] else None
+            steps.append(
+                Step(text=step["text"], seconds=float(step["seconds"]), embeds=own, goal=goal)
+            )
+        schedule = Schedule(tuple(steps), header["base"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its schedule is damaged ({error})") from error
+    for index, step in enumerate(schedule.steps):
+        if step.embeds is None:
+            conditioner.known.setdefault(schedule.prompt(index), tensors[f"text.{index}"])
+    return schedule
