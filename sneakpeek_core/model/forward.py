@@ -66,9 +66,7 @@ def check_tree(tree: Any) -> None:
         raise ValueError(f"the model has k_img: it attends to CLIP image tokens; {fix}")
     channels = tree.patch_embedding.weight.shape[1]
     if channels != LATENT_CHANNELS:
-        raise ValueError(
-            f"the model takes {channels} latent channels, not 16; {fix}"
-        )
+        raise ValueError(f"the model takes {channels} latent channels, not 16; {fix}")
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..shapes import LATENT_CHANNELS
+from ..vae.wan import vae_dim
 from .checkpoint import bare_names, choose, wrappers_of
-from .presets import preset_for
+from .config import ModelConfig
+from .presets import Preset, preset_for
 from .recognise import Recognised, config_from_shapes, recognise
 from .tensor_files import TensorEntry, entry_of, open_tensors, read_header, sniff
 from .weights import KIND, expected_names, text_len
@@ -33,8 +35,9 @@ class Description:
     bytes: int
     kind: str  # transformer, vae, text encoder, lora, cache, journal or unknown
     label: str = ""
-    family: str = ""  # the preset's name
-    family_because: str = ""
+    preset: Preset | None = None  # of a transformer: how it is sampled, and how that was found
+    config: ModelConfig | None = None  # of a transformer
+    vae_dim: int | None = None  # base width of a VAE
     streamable: bool = False
     problem: str = ""  # why it cannot be streamed, and what to do
     sizes: str = ""
@@ -45,7 +48,8 @@ class Description:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        family = f"{self.family} (by {self.family_because})" if self.family else ""
+        preset = self.preset
+        family = f"{preset.name} (by {preset.recognised_by})" if preset else ""
         rows = [
             ("file", f"{self.path.name}, {_in_words(self.bytes)}"),
             ("kind", f"{self.kind}: {self.label}" if self.label else self.kind),
@@ -83,26 +87,28 @@ def _describe_tensors(path: Path, size: int) -> Description:
     entries, metadata, source, wrappers = _entries(path)
     shapes = {name: entry.shape for name, entry in entries.items()}
     found = _own_kind(metadata) or recognise(shapes)
-    family = because = sizes = ""
-    problem = found.problem
+    config, preset, dim, problem = None, None, None, found.problem
     if found.kind == "transformer" and not problem:
         try:
-            sizes, family, because, problem = _transformer(path, shapes, metadata, source)
+            config = config_from_shapes(shapes, text_len(metadata))
+            preset = preset_for(path, metadata, config, source)
+            problem = preset.refusal or _odd_names(config, shapes)
         except ValueError as error:
             problem = str(error)
     elif found.kind == "vae" and not problem:
-        sizes = f"base width {shapes['encoder.conv1.weight'][0]}, {LATENT_CHANNELS} channels"
+        dim = vae_dim(shapes)
         problem = "it is one half of a stream: give it as the VAE, with a transformer"
     return Description(
         path=path,
         bytes=size,
         kind=found.kind,
         label=found.label,
-        family=family,
-        family_because=because,
+        preset=preset,
+        config=config,
+        vae_dim=dim,
         streamable=not problem,
         problem=problem,
-        sizes=sizes,
+        sizes=_sizes(config, dim),
         parameters=sum(math.prod(entry.shape) for entry in entries.values()),
         dtypes=_dtypes(entries),
         source=source,
@@ -133,22 +139,23 @@ def _own_kind(metadata: Mapping[str, str]) -> Recognised | None:
     return None  # ours or not, transformers and VAEs are judged by their tensors
 
 
-def _transformer(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], source: str
-) -> tuple[str, str, str, str]:
-    """Return sizes, family, how that was found, and what keeps it from being streamed."""
-    config = config_from_shapes(shapes, text_len(metadata))
-    sizes = (
+def _odd_names(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    odd = sorted(expected_names(config) ^ shapes.keys())
+    some = ", ".join(odd[:4])
+    return (
+        f"{len(odd)} tensors are missing or unexpected ({some}); use the whole file" if odd else ""
+    )
+
+
+def _sizes(config: ModelConfig | None, vae_dim: int | None) -> str:
+    if vae_dim is not None:
+        return f"base width {vae_dim}, {LATENT_CHANNELS} channels"
+    if config is None:
+        return ""
+    return (
         f"width {config.dim}, {config.layers} layers, {config.heads} heads, "
         f"feed-forward {config.ffn_dim}, text {config.text_len} x {config.text_dim}"
     )
-    preset = preset_for(path, metadata, config, source)
-    odd = sorted(expected_names(config) ^ shapes.keys())
-    problem = preset.refusal
-    if odd:
-        some = ", ".join(odd[:4])
-        problem = f"{len(odd)} tensors are missing or unexpected ({some}); use the whole file"
-    return sizes, preset.name, preset.recognised_by, problem
 
 
 def _dtypes(entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:

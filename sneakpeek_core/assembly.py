@@ -1,0 +1,157 @@
+"""From file names to a stream: loads the parts, fits them together, and checks that they do fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioner, Encode
+from .denoiser import Denoiser
+from .model.config import ModelConfig
+from .model.presets import PRESETS, Preset
+from .model.weights import (
+    load_transformer,
+    load_vae,
+    random_transformer,
+    random_vae,
+    weights_fingerprint,
+)
+from .pictures import fitted, load_picture
+from .schedule import Schedule
+from .stream import Model
+from .text_encoder import load_text_encoder, random_text_encoder
+from .vae.streaming import encode_image
+from .vae.wan import WanVAE
+
+# Small enough for a CPU, real in structure. Replaced by trained weights once they ship.
+RANDOM_CONFIG = ModelConfig(dim=256, ffn_dim=1024, layers=4)
+RANDOM_VAE_DIM = 8
+RANDOM_SEED = 0
+BIG = 100_000_000  # parameters above which auto picks a half precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Paths of the three parts; all None for the small random ones."""
+
+    model: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+
+    def __post_init__(self) -> None:
+        given = [p for p in (self.model, self.vae, self.text_encoder) if p is not None]
+        if given and (self.model is None or self.vae is None):
+            missing = "--vae" if self.vae is None else "--model"
+            raise ValueError(
+                f"{missing} is missing: a model and its VAE belong together; give both"
+            )
+        for name, path in (
+            ("model", self.model), ("vae", self.vae), ("text encoder", self.text_encoder),
+        ):  # fmt: skip
+            if path is not None and not path.exists():
+                raise ValueError(f"{name} {path} does not exist; check the path")
+
+    @property
+    def random(self) -> bool:
+        return self.model is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything loaded: what samples, what turns latents into frames, what reads text."""
+
+    model: Model
+    config: ModelConfig
+    preset: Preset
+    vae: WanVAE
+    encode: Encode | None
+
+
+def load_parts(files: Files, *, device: torch.device, dtype: torch.dtype | None = None) -> Parts:
+    """Load the parts onto a device; `dtype` None picks fp32 for small models, else bf16.
+
+    `ValueError` in words when a file is not what it should be or the parts do not fit together.
+    """
+    encode: Encode | None
+    if files.model is None or files.vae is None:
+        tree = random_transformer(RANDOM_CONFIG, RANDOM_SEED).to(device, dtype or torch.float32)
+        config, preset = RANDOM_CONFIG, replace(PRESETS["tiny"], recognised_by="being made here")
+        vae = random_vae(RANDOM_VAE_DIM, RANDOM_SEED).to(device)
+        encode = random_text_encoder(RANDOM_SEED)
+    else:
+        dtype = dtype or _dtype_for(files.model)
+        loaded = load_transformer(files.model, dtype=dtype, device=device)
+        tree, config, preset = loaded.tree, loaded.config, loaded.preset
+        preset.check_runnable()
+        big = dtype != torch.float32
+        vae = load_vae(files.vae, torch.bfloat16 if big else torch.float32, device)
+        encode = load_text_encoder(files.text_encoder) if files.text_encoder else None
+    denoiser = Denoiser(
+        tree.eval().requires_grad_(False), dtype=dtype or torch.float32, text_len=config.text_len
+    )
+    fingerprint = weights_fingerprint(tree.state_dict())
+    model = Model(denoiser=denoiser, fingerprint=fingerprint, device=device)
+    vae = vae.eval().requires_grad_(False)
+    return Parts(
+        model=model, config=config, preset=preset, vae=vae, encode=_checked(encode, config)
+    )
+
+
+def conditioner_for(parts: Parts, fps: float, size: tuple[int, int], negative: str | None):
+    """Return what turns schedules into conditioning, with the parts' text encoder and VAE."""
+    embeds = None
+    if negative is not None:
+        if parts.encode is None:
+            raise ValueError("a negative text needs a text encoder; give --text-encoder")
+        embeds = parts.encode([negative])[0].unsqueeze(0)
+
+    def encode_goal(image: object) -> Tensor:
+        assert isinstance(image, Tensor)
+        return encode_picture(parts.vae, image, size)
+
+    return Conditioner(fps=fps, encode=parts.encode, encode_goal=encode_goal, negative=embeds)
+
+
+def encode_picture(vae: WanVAE, image_BHWC: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fit a picture to (width, height) and encode it alone: [B, C, 1, H, W], fp32, on the CPU."""
+    first = next(vae.parameters())
+    with torch.no_grad():
+        return encode_image(vae, fitted(image_BHWC, *size).to(first.device)).float().cpu()
+
+
+def with_goals(schedule: Schedule, goals: Mapping[int, Path]) -> Schedule:
+    """Attach goal pictures to steps, numbered from 1; `ValueError` for a step there is not."""
+    steps = list(schedule.steps)
+    for number, path in goals.items():
+        if not 1 <= number <= len(steps):
+            raise ValueError(
+                f"goal {number}={path}: there is no step {number}; use 1 to {len(steps)}"
+            )
+        steps[number - 1] = replace(steps[number - 1], goal=load_picture(path, f"goal {number}"))
+    return replace(schedule, steps=tuple(steps))
+
+
+def _checked(encode: Encode | None, config: ModelConfig) -> Encode | None:
+    if encode is None:
+        return None
+
+    def checked(texts: list[str]) -> list[Tensor]:
+        embeds = encode(texts)
+        if embeds and embeds[0].shape[-1] != config.text_dim:
+            raise ValueError(
+                f"the text encoder gives {embeds[0].shape[-1]} values a token, the model takes "
+                f"{config.text_dim}; use the text encoder that belongs to the model"
+            )
+        return embeds
+
+    return checked
+
+
+def _dtype_for(path: Path) -> torch.dtype:
+    from .model.inspect import describe
+
+    return torch.bfloat16 if describe(path).parameters > BIG else torch.float32
