@@ -12,6 +12,7 @@ from torch import Tensor
 from .conditioning import Conditioner, Encode
 from .denoiser import Denoiser
 from .model.config import ModelConfig
+from .model.inspect import Description, describe
 from .model.presets import PRESETS, Preset
 from .model.weights import (
     load_transformer,
@@ -20,6 +21,7 @@ from .model.weights import (
     random_vae,
     weights_fingerprint,
 )
+from .model.transformer import WanTransformer
 from .pictures import fitted, load_picture
 from .schedule import Schedule
 from .stream import Model
@@ -61,6 +63,54 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What the headers of the files say, before anything is loaded."""
+
+    config: ModelConfig
+    preset: Preset
+    parameters: int
+    vae_dim: int
+
+    def dtype(self, wanted: torch.dtype | None) -> torch.dtype:
+        """Return the dtype to run in: the wanted one, else fp32 for small models and bf16."""
+        return wanted or (torch.bfloat16 if self.parameters > BIG else torch.float32)
+
+
+def outline_of(files: Files) -> Outline:
+    """Read the headers; `ValueError` in words when a file is not what it is given as."""
+    if files.model is None or files.vae is None:
+        with torch.device("meta"):
+            tree = WanTransformer(RANDOM_CONFIG)
+        count = sum(parameter.numel() for parameter in tree.parameters())
+        preset = replace(PRESETS["tiny"], recognised_by="being made here")
+        return Outline(
+            config=RANDOM_CONFIG, preset=preset, parameters=count, vae_dim=RANDOM_VAE_DIM
+        )
+    model, vae = _described("model", files.model), _described("vae", files.vae)
+    if model.config is None or model.preset is None or not model.streamable:
+        raise ValueError(f"model {model.path.name} is {model.label}: {model.problem}")
+    if vae.kind == "vae" and vae.vae_dim is None:
+        raise ValueError(f"vae {vae.path.name} is {vae.label}: {vae.problem}")
+    if vae.vae_dim is None:
+        raise ValueError(
+            f"vae {vae.path.name} is {vae.label}, not a VAE; use wan_2.1_vae.safetensors"
+        )
+    if files.text_encoder and not files.text_encoder.is_dir():
+        text = _described("text encoder", files.text_encoder)
+        if text.kind != "text encoder":
+            raise ValueError(
+                f"text encoder {text.path.name} is {text.label}; use umt5_xxl_fp16.safetensors, "
+                "or the tiny one that comes with SneakPeek"
+            )
+    return Outline(
+        config=model.config,
+        preset=model.preset,
+        parameters=model.parameters,
+        vae_dim=vae.vae_dim,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """Everything loaded: what samples, what turns latents into frames, what reads text."""
 
@@ -72,26 +122,25 @@ class Parts:
 
 
 def load_parts(files: Files, *, device: torch.device, dtype: torch.dtype | None = None) -> Parts:
-    """Load the parts onto a device; `dtype` None picks fp32 for small models, else bf16.
+    """Load the parts onto a device; for `dtype` None see `Outline.dtype`.
 
     `ValueError` in words when a file is not what it should be or the parts do not fit together.
     """
     encode: Encode | None
+    outline = outline_of(files)
+    config, preset, dtype = outline.config, outline.preset, outline.dtype(dtype)
     if files.model is None or files.vae is None:
-        tree = random_transformer(RANDOM_CONFIG, RANDOM_SEED).to(device, dtype or torch.float32)
-        config, preset = RANDOM_CONFIG, replace(PRESETS["tiny"], recognised_by="being made here")
+        tree = random_transformer(config, RANDOM_SEED).to(device, dtype)
         vae = random_vae(RANDOM_VAE_DIM, RANDOM_SEED).to(device)
         encode = random_text_encoder(RANDOM_SEED)
     else:
-        dtype = dtype or _dtype_for(files.model)
-        loaded = load_transformer(files.model, dtype=dtype, device=device)
-        tree, config, preset = loaded.tree, loaded.config, loaded.preset
-        preset.check_runnable()
-        big = dtype != torch.float32
-        vae = load_vae(files.vae, torch.bfloat16 if big else torch.float32, device)
-        encode = load_text_encoder(files.text_encoder) if files.text_encoder else None
+        other = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        tree = load_transformer(files.model, dtype=dtype, device=device).tree
+        vae = load_vae(files.vae, other, device)
+        path = files.text_encoder
+        encode = load_text_encoder(path, dtype=other) if path else None
     denoiser = Denoiser(
-        tree.eval().requires_grad_(False), dtype=dtype or torch.float32, text_len=config.text_len
+        tree.eval().requires_grad_(False), dtype=dtype, text_len=config.text_len
     )
     fingerprint = weights_fingerprint(tree.state_dict())
     model = Model(denoiser=denoiser, fingerprint=fingerprint, device=device)
@@ -151,7 +200,8 @@ def _checked(encode: Encode | None, config: ModelConfig) -> Encode | None:
     return checked
 
 
-def _dtype_for(path: Path) -> torch.dtype:
-    from .model.inspect import describe
-
-    return torch.bfloat16 if describe(path).parameters > BIG else torch.float32
+def _described(role: str, path: Path) -> Description:
+    found = describe(path)
+    if not found.label:  # it cannot be read at all
+        raise ValueError(f"{role} {found.problem}")
+    return found

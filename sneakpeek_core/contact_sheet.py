@@ -28,7 +28,7 @@ TEXT_WIDTH = 232  # pixels
 GAP = 8  # pixels around everything
 FONT_SIZE = 16  # pixels
 LINE = 20  # pixels from one line of text to the next
-BACKGROUND, INK, FAINT = (24, 24, 27), (235, 235, 235), (150, 150, 160)
+BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
 MISSING = "?"  # drawn for what the font has no glyph of
 
 
@@ -80,7 +80,7 @@ class StepFrames:
 
 
 def contact_sheet(steps: Sequence[SheetRow]) -> Image.Image:
-    """Draw one row per step, its number and text on the left; `ValueError` without a frame."""
+    """Draw one row per step, its label on the left; `ValueError` without a frame."""
     pictures = [[_fitted(frame) for frame in row.frames] for row in steps]
     if not any(pictures):
         raise ValueError("a contact sheet needs at least one frame; no step has any yet")
@@ -92,7 +92,7 @@ def contact_sheet(steps: Sequence[SheetRow]) -> Image.Image:
     sheet = Image.new("RGB", size, BACKGROUND)
     for index, (row, row_pictures) in enumerate(zip(steps, pictures, strict=True)):
         top = GAP + index * pitch
-        _draw_label(ImageDraw.Draw(sheet), (GAP, top), index + 1, row.label, cell_height)
+        _draw_label(ImageDraw.Draw(sheet), (GAP, top), row.label, cell_height)
         for column, picture in enumerate(row_pictures):
             sheet.paste(picture, (left + column * (cell_width + GAP), top))
     return sheet
@@ -150,16 +150,12 @@ def _fitted(frame_HWC: np.ndarray | Tensor) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _draw_label(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], number: int, label: str, height: int
-) -> None:
+def _draw_label(draw: ImageDraw.ImageDraw, at: tuple[int, int], label: str, height: int) -> None:
     font = ImageFont.load_default(size=FONT_SIZE)
     x, y = at
-    draw.text((x, y), _drawable(f"step {number}", font), font=font, fill=FAINT)
-    lines = max(1, height // LINE - 1)
-    for line in _wrapped(_drawable(label, font), font, lines):
-        y += LINE
+    for line in _wrapped(_drawable(label, font), font, max(1, height // LINE)):
         draw.text((x, y), line, font=font, fill=INK)
+        y += LINE
 
 
 def _drawable(text: str, font: Font) -> str:

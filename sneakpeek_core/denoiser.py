@@ -32,8 +32,7 @@ class Denoiser:
     """`(latents, sigmas, rope, branches) -> denoised` over a Wan tree.
 
     `dtype` is what the tree computes in, `text_len` the length prompts are padded to (zeros, no
-    mask). With two branches (positive, negative) their velocities are combined by `cfg`. Raises
-    `ValueError` for trees that cannot be streamed.
+    mask). Raises `ValueError` for trees that cannot be streamed.
     """
 
     def __init__(
@@ -42,14 +41,12 @@ class Denoiser:
         *,
         dtype: torch.dtype = torch.float32,
         text_len: int = 512,
-        cfg: float = 1.0,
         host: Host | None = None,
     ):
         check_tree(tree)
         self.tree = tree
         self.dtype = dtype
         self.text_len = text_len
-        self.cfg = cfg
         self.host = host or Host()
         # id(embeds) -> (embeds, layers). The tensor is held, so its id cannot be reused.
         self._texts: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
@@ -68,6 +65,7 @@ class Denoiser:
         sigmas: Sequence[float] | Tensor,
         rope: Rope,
         branches: Sequence[Branch],
+        cfg: float = 1.0,
     ) -> Tensor:
         """Return clean latents [B, C, F, H, W], float32.
 
@@ -75,16 +73,24 @@ class Denoiser:
         x0 = x - sigma * v is taken in float64 (Self-Forcing's contract).
         """
         sigmas_BF = self._sigmas(sigmas, x_BCFHW)
-        flow = self.flow(x_BCFHW, sigmas_BF, rope, branches)
+        flow = self.flow(x_BCFHW, sigmas_BF, rope, branches, cfg)
         precise = wide(x_BCFHW.device)
         scale = sigmas_BF[:, None, :, None, None].to(precise)
         return (x_BCFHW.to(precise) - scale * flow.to(precise)).float()
 
     def flow(
-        self, x_BCFHW: Tensor, sigmas_BF: Tensor, rope: Rope, branches: Sequence[Branch]
+        self,
+        x_BCFHW: Tensor,
+        sigmas_BF: Tensor,
+        rope: Rope,
+        branches: Sequence[Branch],
+        cfg: float = 1.0,
     ) -> Tensor:
-        """Return the velocity (noise - clean), branches combined. All branches always run, so
-        that each one's cache is written."""
+        """Return the velocity (noise - clean) [B, C, F, H, W].
+
+        Two branches (positive, negative) are combined by `cfg`. Both always run, so that each
+        one's cache is written.
+        """
         flows = [
             velocity(
                 self.tree, x_BCFHW, sigmas_BF * TRAIN_STEPS, rope,
@@ -96,7 +102,7 @@ class Denoiser:
         if len(flows) == 1:
             return flows[0]
         positive, negative = flows
-        return negative + self.cfg * (positive - negative)
+        return negative + cfg * (positive - negative)
 
     def forget_texts(self, keep: Sequence[Tensor] = ()) -> None:
         """Drop the keys and values of all texts but those in `keep`."""
@@ -128,9 +134,10 @@ class Denoiser:
     def _layers(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
         if torch.is_grad_enabled():  # a graph belongs to one backward pass
             return text_layers(self.tree, self._padded(text))
-        if id(text) not in self._texts:
-            self._texts[id(text)] = (text, text_layers(self.tree, self._padded(text)))
-        return self._texts[id(text)][1]
+        known = self._texts.get(id(text))
+        if known is None:
+            known = self._texts[id(text)] = (text, text_layers(self.tree, self._padded(text)))
+        return known[1]
 
     def _padded(self, text_BLC: Tensor) -> Tensor:
         length = text_BLC.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from .cache import CacheSpec
@@ -79,6 +80,24 @@ class Estimate:
             verdict = "fits" if self.total <= self.free else "does not fit"
             lines.append(f"{'free here':<26} {self.free / GIB:9.3f} GiB: it {verdict}")
         return "\n".join([*lines, *self.advice])
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def check_cache_fits(plan: Plan, free: int) -> None:
+    """Raise `ValueError` if the cache alone, whose size is known exactly, is beyond `free` bytes."""
+    made = estimate(plan, free)
+    needed = made.past + made.future
+    if needed > free:
+        raise ValueError(
+            f"the cache needs {needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB of memory are free; "
+            f"{made.advice[0]}"
+        )
 
 
 def estimate(plan: Plan, free: int | None = None) -> Estimate:

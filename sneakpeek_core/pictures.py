@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 2**26  # 64 million: a picture beyond is refused before it is decoded
@@ -19,16 +21,20 @@ def load_picture(path: str | Path, name: str = "image") -> Tensor:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{name} {path} does not exist; check the path")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{name} {path} {what}; check the path")
     try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{name} {path} has {picture.width}x{picture.height} pixels; "
-                    f"scale it below {MAX_PIXELS // 10**6} million"
-                )
-            turned = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                turned = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(
+            f"{name} {path} has too many pixels; scale it below {MAX_PIXELS // 10**6} million"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise ValueError(
             f"{name} {path} is not a picture that can be read; use a PNG, JPEG or WebP"
         ) from error
@@ -38,13 +44,17 @@ def load_picture(path: str | Path, name: str = "image") -> Tensor:
 
 
 def fitted(image_BHWC: Tensor, width: int, height: int) -> Tensor:
-    """Scale a picture until it covers width x height and cut off what stands out, centred."""
+    """Cut a picture to the proportions of width x height, centred, and scale it to that size."""
     if image_BHWC.shape[1:3] == (height, width):
         return image_BHWC
-    from kornia.geometry.transform import center_crop, resize  # slow to import, rarely needed
+    from kornia.geometry.transform import resize  # slow to import, rarely needed
 
     rows, columns = image_BHWC.shape[1:3]
     scale = max(width / columns, height / rows)
-    size = (max(height, round(rows * scale)), max(width, round(columns * scale)))
-    scaled = resize(image_BHWC.movedim(-1, 1), size, "bicubic", antialias=scale < 1)
-    return center_crop(scaled, (height, width)).movedim(1, -1).clamp(0, 1)
+    # Cut first: a long thin picture would be scaled to any size.
+    kept_rows = min(rows, max(1, round(height / scale)))
+    kept_columns = min(columns, max(1, round(width / scale)))
+    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
+    kept_BHWC = image_BHWC[:, top : top + kept_rows, left : left + kept_columns]
+    scaled = resize(kept_BHWC.movedim(-1, 1), (height, width), "bicubic", antialias=scale < 1)
+    return scaled.movedim(1, -1).clamp(0, 1)

@@ -289,7 +289,7 @@ class Rollout:
 
     def _pass(self, call: _Call, x: Tensor, sigma: float) -> Tensor:
         self.before_pass()
-        return self.denoiser(x, call.sigmas(sigma), call.rope, call.branches)
+        return self.denoiser(x, call.sigmas(sigma), call.rope, call.branches, self.settings.cfg)
 
     def _draw(self, kind: str, count: int, frames: int) -> list[Tensor]:
         """Draw all the noise of a loop at once: copies to the device stay out of its passes."""

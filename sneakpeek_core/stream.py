@@ -225,7 +225,8 @@ class VideoStream:
         with self._lock:
             rollout = self._caught_up()
             parts = [cache.contents() for cache in rollout.caches]
-            own = list(self._latents)[-WARM_LATENTS:]
+            count = len(self._latents)
+            own = [self._latents[i] for i in range(max(0, count - WARM_LATENTS), count)]
             known = [self.warm, *own] if self.warm is not None else own
             return FrozenCache(
                 fingerprint=self.model.fingerprint,
@@ -240,7 +241,7 @@ class VideoStream:
                 future=rollout.caches[0].future,
                 keys=tuple(on_cpu(keys) for keys, _ in parts),
                 values=tuple(on_cpu(values) for _, values in parts),
-                warm=on_cpu(newest([part for part in known if part is not None])),
+                warm=on_cpu(newest(known)),
             )
 
     # -- editing ---------------------------------------------------------------------------------
@@ -336,7 +337,6 @@ class VideoStream:
         branches = 2 if self.settings.cfg > 1 else 1
         caches = [KVCache(self.cache_spec, self.model.device) for _ in range(branches)]
         size = (self.height // SPATIAL, self.width // SPATIAL)
-        self.model.denoiser.cfg = self.settings.cfg
         rollout = Rollout(self.model.denoiser, caches, self.settings, size)
         frozen = self._cache
         if frozen is None:

@@ -1,4 +1,4 @@
-"""The video file that grows while it is generated, and what is read back from such files.
+"""The video file that grows while it is generated.
 
 Every chunk is encoded by a fresh encoder, drained, and appended as one whole fragment (moof and
 mdat), so a chunk begins with a key frame, nothing waits inside a codec between chunks, and a killed
@@ -12,8 +12,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -22,12 +22,14 @@ from typing import cast
 import av
 import numpy as np
 import torch
-from av.container import InputContainer, OutputContainer
+from av.container import OutputContainer
 from av.error import FFmpegError
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
+
+from .mp4 import boxes, remux_fast_start
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,6 @@ FRAGMENT = {
     "movflags": "empty_moov+frag_keyframe+default_base_moof+frag_discont+skip_trailer",
     "avoid_negative_ts": "disabled",
 }
-WRITTEN_BY_MUXER = {"major_brand", "minor_version", "compatible_brands", "encoder"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,8 +261,8 @@ class VideoWriter:
                 container.mux(packet)
         fresh = buffer.getvalue()
         wanted = {b"moof", b"mdat"} if self._at.chunks else {b"ftyp", b"moov", b"moof", b"mdat"}
-        boxes = _boxes(io.BytesIO(fresh))
-        parts = [fresh[start:end] for kind, start, end in boxes if kind in wanted]
+        found = boxes(io.BytesIO(fresh))
+        parts = [fresh[start:end] for kind, start, end in found if kind in wanted]
         assert len(parts) == len(wanted), "one chunk must be one fragment"
         return b"".join(parts)
 
@@ -315,86 +316,6 @@ class VideoWriter:
             os.replace(part, self.path)
         finally:
             part.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoFacts:
-    """What a file holds; of a torn file, its whole fragments."""
-
-    frames: int
-    width: int
-    height: int
-    fps: float
-    seconds: float
-    codec: str  # FFmpeg's name: h264, hevc, vp9, av1
-    key_frames: tuple[int, ...]  # frame numbers
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def probe(path: str | os.PathLike[str]) -> VideoFacts:
-    """Read the facts of the video file at `path`; `ValueError` when it is none."""
-    with _opened(Path(path)) as container:
-        stream = container.streams.video[0]
-        frames, end, keys = 0, Fraction(0), []
-        for packet in _packets_of(container):
-            if packet.is_keyframe:
-                keys.append(frames)
-            frames += 1
-            end = max(end, ((packet.pts or 0) + (packet.duration or 0)) * packet.time_base)
-        rate = stream.average_rate or (frames / end if end else Fraction(0))
-        return VideoFacts(
-            frames=frames,
-            width=stream.codec_context.width,
-            height=stream.codec_context.height,
-            fps=float(rate),
-            seconds=float(end),
-            codec=stream.codec_context.codec.canonical_name,
-            key_frames=tuple(keys),
-            metadata=_own_tags(container),
-        )
-
-
-def remux_fast_start(
-    path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Rewrite the file as a fast-start MP4 without re-encoding, `metadata` added to its tags.
-
-    Also for a file that a killed process left: a torn last fragment is dropped. The new file
-    replaces the old one only when it is complete; on any error (`OSError`, `ValueError`,
-    FFmpeg's own) the old one is untouched.
-    """
-    path = Path(path).absolute()
-    part = path.with_name(f".{path.name}.part")
-    try:
-        frames = _copy(path, part, metadata or {})
-        if probe(part).frames != frames:  # the muxer of PyAV 14 can lose packets silently
-            raise OSError(f"the rewritten {path} does not hold all {frames} frames")
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _copy(path: Path, part: Path, metadata: Mapping[str, str]) -> int:
-    frames = 0
-    # without the bit rate box, whose rounding depends on the file that is read
-    options = {"movflags": "use_metadata_tags+faststart", "write_btrt": "0"}
-    with _opened(path) as source:
-        video = source.streams.video[0]
-        # PyAV 14 would count in 1/90000 s, in which 23.976 frames a second are uneven
-        options["video_track_timescale"] = str(Fraction(video.time_base or 1).denominator)
-        with av.open(str(part), "w", format="mp4", options=options) as target:
-            target.metadata.update(_own_tags(source) | dict(metadata))
-            # opaque: without it an encoder of this codec is opened, and may replace the parameters
-            stream = target.add_stream_from_template(video, opaque=True)
-            stream.codec_context.codec_tag = video.codec_context.codec_tag
-            for packet in _packets_of(source):
-                packet.stream = stream
-                target.mux(packet)
-                frames += 1
-    return frames
 
 
 def _checked_path(path: Path, overwrite: bool) -> Path:
@@ -452,64 +373,3 @@ def _write_all(file: io.FileIO, content: bytes) -> None:
     rest = memoryview(content)
     while rest:  # one call may take a part only
         rest = rest[file.write(rest) :]
-
-
-def _boxes(file: io.BufferedIOBase) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, end) of the top-level boxes of an MP4 that are there to their end."""
-    size, start = file.seek(0, os.SEEK_END), 0
-    while start + 8 <= size:
-        file.seek(start)
-        head = file.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:  # a 64-bit length follows the kind
-            length = int.from_bytes(head[8:16], "big")
-        elif length == 0:  # to the end of the file
-            length = size - start
-        if length < 8 or start + length > size:
-            return
-        yield head[4:8], start, start + length
-        start += length
-
-
-class _WholeFragments:
-    """An open MP4 as FFmpeg reads it, ending before the first torn fragment."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self._file = file
-        self._size = max((end for kind, _, end in _boxes(file) if kind != b"moof"), default=0)
-        file.seek(0)
-
-    def read(self, size: int) -> bytes:
-        return self._file.read(max(0, min(size, self._size - self.tell())))
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END:
-            return self._file.seek(offset + self._size)
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[InputContainer]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    with open(path, "rb") as file:
-        try:
-            container = av.open(_WholeFragments(file), "r")
-        except FFmpegError as error:
-            raise ValueError(f"{path} is not an MP4 video: {error}") from error
-        with container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video")
-            yield container
-
-
-def _packets_of(container: InputContainer) -> Iterator[av.Packet]:
-    """Yield the video packets in decoding order."""
-    return (packet for packet in container.demux(container.streams.video[0]) if packet.size)
-
-
-def _own_tags(container: InputContainer) -> dict[str, str]:
-    return {k: v for k, v in container.metadata.items() if k not in WRITTEN_BY_MUXER}

@@ -23,12 +23,11 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from torch import Tensor
 
 from sneakpeek_core import video
+from sneakpeek_core.mp4 import probe, remux_fast_start
 from sneakpeek_core.video import (
     CODECS,
     VideoWriter,
     available_codecs,
-    probe,
-    remux_fast_start,
     to_uint8,
 )
 
@@ -201,7 +200,7 @@ def test_a_failed_write_can_be_repeated(
     write_chunks(tmp_path / "whole.mp4", [1, 6, 6])
     for place, calls in (
         ("_yuv_frame", len(chunks[failing])),
-        ("_boxes", 1),
+        ("boxes", 1),
         ("_write_all", 1 + (failing > 0)),
     ):
         for call in range(calls):

@@ -15,10 +15,11 @@ from .. import __version__
 from ..assembly import Files, Parts, conditioner_for, encode_picture, load_parts
 from ..frozen import FrozenCache
 from ..journal import read as read_journal
+from ..mp4 import probe
 from ..records import settings_to_json
 from ..stream import VideoStream
 from ..vae.wan import WanVAE
-from ..video import VideoWriter, probe
+from ..video import VideoWriter
 from .options import (
     BIG_DIM,
     DTYPES,
