@@ -187,12 +187,26 @@ class KVCache:
         held = self._held + tuple(_Held(f, first + i) for i, f in enumerate(frames))
         kept = set(policy.keep([h.frame for h in held], chunk))
         evicted = tuple(h.frame for h in held if h.frame not in kept)
-        on_evict = POLICIES[policy.policy].on_evict
-        if evicted and on_evict is not None:
-            on_evict(self, evicted)
         for slot in range(first, first + len(frames)):
             self._turned[slot] = None
+        on_evict = POLICIES[policy.policy].on_evict
+        if evicted and on_evict is not None:
+            before, self._held = self._held, held  # the hook reads what leaves, new frames too
+            try:
+                on_evict(self, evicted)
+            except BaseException:
+                self._held = before
+                raise
         self._held = tuple(h for h in held if h.frame in kept)
+
+    @property
+    def table(self) -> tuple[_Held, ...]:
+        """Where the held frames lie; `take_back` returns to it."""
+        return self._held
+
+    def take_back(self, table: tuple[_Held, ...]) -> None:
+        """Undo a `commit` that has just been made, given the table from before it."""
+        self._held = table
 
     def grow(self, past: int) -> None:
         """Make room for `past` latent frames in all, for a stream that became longer."""

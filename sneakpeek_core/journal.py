@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,9 +23,12 @@ MAX_RECORD = 2**32
 
 
 class Journal:
-    """An open journal, for appending. Use `create` or `reopen`, and close it (or use `with`)."""
+    """An open journal, for appending. Use `create` or `reopen`, and close it (or use `with`).
 
-    def __init__(self, path: Path, file: BinaryIO):
+    `file` is unbuffered: bytes that a full disk refused must not come again with a later record.
+    """
+
+    def __init__(self, path: Path, file: FileIO):
         self.path = path
         self._file = file
         self._end = file.seek(0, os.SEEK_END)
@@ -33,7 +37,7 @@ class Journal:
     def create(cls, path: str | Path, start: Record) -> Journal:
         """Begin a journal with its first record. An older one of that name is replaced."""
         path = Path(path)
-        file = path.open("w+b")
+        file = path.open("w+b", buffering=0)
         try:
             file.write(MAGIC)
             journal = cls(path, file)
@@ -49,32 +53,24 @@ class Journal:
         """Open a journal to go on; return it with its records. A torn last record is cut off."""
         path = Path(path)
         records, end = read(path)
-        file = path.open("r+b")
+        file = path.open("r+b", buffering=0)
         file.truncate(end)
         return cls(path, file), records
 
     def append(self, record: Record) -> None:
         """Write a record and hand it to the system; on any error the file is as before."""
         data = to_bytes(record)
+        head = len(data).to_bytes(8, "little") + zlib.crc32(data).to_bytes(4, "little")
         try:
             self._file.seek(self._end)
-            self._file.write(len(data).to_bytes(8, "little"))
-            self._file.write(zlib.crc32(data).to_bytes(4, "little"))
-            self._file.write(data)
-            self._file.flush()
+            for part in (head, data):
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
         except BaseException:
-            self._cut()
+            self._file.truncate(self._end)
             raise
         self._end = self._file.tell()
-
-    def _cut(self) -> None:
-        try:
-            # Whatever is still buffered must go before the cut, or it would land behind it later.
-            self._file.flush()
-        except OSError:
-            self._file.close()
-            self._file = self.path.open("r+b")
-        self._file.truncate(self._end)
 
     def close(self) -> None:
         self._file.close()

@@ -52,18 +52,23 @@ class LatentStore:
     def append(self, latents: Tensor) -> None:
         """Take latents in; they must not be written to afterwards."""
         latents = latents.detach().float().cpu()
+        size = 4 * latents.numel()
+        if latents.untyped_storage().nbytes() > size:  # do not hold what it was cut from
+            latents = latents.clone()
+        while self._held and self.ram_bytes + size > self._ram_bytes:
+            self._spill(self._spilled)
         self._held[len(self)] = latents
         self._shapes.append(tuple(latents.shape))
-        while self.ram_bytes > self._ram_bytes and len(self._held) > 1:
-            self._spill(self._spilled)
 
     def _spill(self, index: int) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="sneakpeek-")  # noqa: SIM115
+            # Unbuffered: bytes that a full disk refused must not come again with the next call.
+            self._file = tempfile.TemporaryFile(prefix="sneakpeek-", buffering=0)  # noqa: SIM115
         offset = self._offsets[-1] + 4 * math.prod(self._shapes[index - 1]) if index else 0
         self._file.seek(offset)
-        self._file.write(np.ascontiguousarray(self._held[index].numpy()).tobytes())
-        self._file.flush()
+        rest = memoryview(np.ascontiguousarray(self._held[index].numpy()).tobytes())
+        while rest:
+            rest = rest[self._file.write(rest) :]
         self._offsets.append(offset)
         self._spilled = index + 1
         del self._held[index]

@@ -47,9 +47,9 @@ def from_bytes(data: bytes) -> Record:
     """Read one block; `ValueError` when it is damaged or none of ours."""
     try:
         size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
         return record_of(metadata, load(data))
-    except (ValueError, SafetensorError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, SafetensorError, AttributeError, RecursionError) as error:
         raise ValueError(f"the block is damaged ({error})") from error
 
 
@@ -57,7 +57,10 @@ def record_of(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Record
     """Return the record that file metadata and tensors make; `ValueError` if they are not ours."""
     if KIND not in metadata or HEADER not in metadata:
         raise ValueError("it was not written by SneakPeek")
-    header = json.loads(metadata[HEADER])
+    try:
+        header = json.loads(metadata[HEADER])
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")
     return Record(metadata[KIND], header, tensors)

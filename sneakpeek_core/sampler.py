@@ -105,8 +105,14 @@ class Rollout:
         rope = self._arrange(frames)
         call = self._call(conditioning, frames, rope, lambda c: c.view(len(frames), keep=True))
         self._pass(call, clean, sigma)
-        for cache in self.caches:
-            cache.commit(frames, self.settings.policy, self.settings.chunk)
+        tables = [cache.table for cache in self.caches]
+        try:
+            for cache in self.caches:
+                cache.commit(frames, self.settings.policy, self.settings.chunk)
+        except BaseException:  # both branches or none
+            for cache, table in zip(self.caches, tables, strict=True):
+                cache.take_back(table)
+            raise
         self.chunk += 1
         self.frontier += len(frames)
 

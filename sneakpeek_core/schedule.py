@@ -13,6 +13,7 @@ import math
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 from .shapes import TEMPORAL, frames_of
@@ -77,9 +78,19 @@ class Schedule:
         return Schedule(own + new)
 
     def to_text(self) -> str:
-        """Return the schedule in the format that `parse_steps` reads."""
-        lines = [f"base: {self.base}"] if self.base else []
-        return "\n".join([*lines, *(f"[{s.seconds:g}s] {s.text}" for s in self.steps)])
+        """Return the schedule in the format that `parse_steps` reads, one line a step."""
+        lines = [f"base: {_one_line(self.base)}"] if self.base else []
+        steps = (f"[{_plain(s.seconds)}s] {_one_line(s.text)}" for s in self.steps)
+        return "\n".join([*lines, *steps])
+
+
+def _plain(seconds: float) -> str:
+    """Return the shortest decimal that reads back as the same number, without an exponent."""
+    return format(Decimal(repr(float(seconds))).normalize(), "f")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines())
 
 
 def parse_steps(text: str, *, default_seconds: float | None = None) -> Schedule:
@@ -146,7 +157,9 @@ class Timeline:
         ends, seconds = [], 0.0
         for number, step in enumerate(schedule.steps, 1):
             seconds += step.seconds
-            end = 1 + round(seconds * fps / TEMPORAL)
+            # Half a latent frame always rounds up (Python's round() goes to the even one), or a
+            # step of exactly one could vanish; the last digits of a sum must not decide.
+            end = 1 + math.floor(seconds * fps / TEMPORAL + 0.5 + 1e-6)
             if end <= (ends[-1] if ends else 1):
                 raise ValueError(
                     f"step {number} lasts {step.seconds:g} s, less than one latent frame; "
@@ -178,12 +191,12 @@ class Timeline:
 def check_edit(old: Schedule, new: Schedule, fps: float, made: int) -> Timeline:
     """Return the timeline of `new` if it may replace `old` after `made` latent frames.
 
-    Steps that have ended must stay as they are; the running step keeps its start, and may change
-    its text and its end; coming steps are free. Raises `ValueError` naming the first step that
-    may not change.
+    Steps that have ended must stay as they are; the running step keeps its start and what has
+    been made of it, and may change its text and its end; coming steps are free. Raises
+    `ValueError` naming the first step that may not change.
     """
     before, after = Timeline.of(old, fps), Timeline.of(new, fps)
-    running = before.step_of(made)
+    running = bisect_right(before.ends, made)  # one behind the last when all is made
     for index in range(running):
         same = (
             index < len(new.steps)
@@ -196,9 +209,16 @@ def check_edit(old: Schedule, new: Schedule, fps: float, made: int) -> Timeline:
                 f"step {index + 1} has been generated and cannot change any more; "
                 f"edit step {running + 1} or later"
             )
+    made_seconds = (made - 1) * TEMPORAL / fps
     if after.latent_frames <= made:
         raise ValueError(
             f"the edited schedule ends at {(after.latent_frames - 1) * TEMPORAL / fps:g} s, but "
-            f"{(made - 1) * TEMPORAL / fps:g} s have been generated; make it longer"
+            f"{made_seconds:g} s have been generated; make it longer"
+        )
+    if after.ends[running] < made:
+        end = (after.ends[running] - 1) * TEMPORAL / fps
+        raise ValueError(
+            f"step {running + 1} would end at {end:g} s, but {made_seconds:g} s have been "
+            "generated; let it last longer"
         )
     return after

@@ -37,8 +37,9 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.chunk <= 64:
             raise ValueError(f"chunk {self.chunk} is not allowed; use 1 to 64 latent frames")
-        for sigmas in filter(None, (self.sigmas, self.first_sigmas)):
-            check_sigmas(sigmas)
+        for sigmas in (self.sigmas, self.first_sigmas):
+            if sigmas is not None:
+                check_sigmas(sigmas)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is unknown; use {' or '.join(SOLVERS)}")
         if not 1.0 <= self.cfg <= 30.0:
@@ -87,5 +88,5 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     text = ", ".join(f"{s:g}" for s in sigmas)
     if len(sigmas) < 2 or sigmas[-1] != 0:
         raise ValueError(f"sigmas [{text}] do not end in 0; add it")
-    if not 0 < sigmas[0] <= 1 or any(a <= b for a, b in pairwise(sigmas)):
+    if not 0 < sigmas[0] <= 1 or not all(a > b for a, b in pairwise(sigmas)):
         raise ValueError(f"sigmas [{text}] do not descend from 1 at most; sort them")

@@ -231,13 +231,13 @@ def test_bad_cache_policies_are_refused(bad: dict[str, Any], words: str):
 def test_bad_sampler_settings_are_refused(bad: dict[str, Any], words: str):
     """Refused when the settings are made, before any sampling, naming value and range."""
     with pytest.raises(ValueError) as error:
-        SamplerSettings(**({"sigmas": FEW} | bad))
+        replace(SamplerSettings(sigmas=FEW), **bad)
     assert words in str(error.value)
 
 
 def test_a_window_holds_at_least_a_chunk():
     """A window smaller than a chunk is refused with a size that works; as large is allowed."""
-    with pytest.raises(ValueError, match="window 2 is smaller than one chunk of 3 .* use 6 or"):
+    with pytest.raises(ValueError, match=r"window 2 is smaller than one chunk of 3 .* use 6 or"):
         SamplerSettings(sigmas=FEW, chunk=3, policy=CachePolicy(window=2))
     SamplerSettings(sigmas=FEW, chunk=3, policy=CachePolicy(window=3))
 
@@ -274,7 +274,7 @@ def test_length_is_bounded_where_history_pins_the_span(policy: CachePolicy, pinn
     if not pinned:
         guided.check_length(10_000)
         return
-    with pytest.raises(ValueError, match="22 latent frames .* 'relative' with a window of 1[78] "):
+    with pytest.raises(ValueError, match=r"22 latent frames .* 'relative' with a window of 1[78] "):
         guided.check_length(22)
 
 

@@ -236,7 +236,7 @@ def test_a_step_too_short_to_show_is_refused():
     """A step that rounds to no latent frame is named, with the least duration that works."""
     with pytest.raises(ValueError, match=r"step 2 lasts 0.05 s, .* at least 0.25 s at 16 frames"):
         Timeline.of(schedule((1, "a"), (0.05, "b"), (1, "c")), FPS)
-    with pytest.raises(ValueError, match="step 1 lasts 0.1 s, less than one latent frame"):
+    with pytest.raises(ValueError, match=r"step 1 lasts 0.1 s, less than one latent frame"):
         Timeline.of(schedule((0.1, "a")), FPS)
 
 
@@ -315,5 +315,21 @@ def test_an_edit_must_leave_something_to_make(made: int, seconds: float):
 
 def test_an_edit_is_itself_a_schedule_that_fits():
     """A coming step too short to show is refused when the edit is made."""
-    with pytest.raises(ValueError, match="step 3 lasts 0.05 s, less than one latent frame"):
+    with pytest.raises(ValueError, match=r"step 3 lasts 0.05 s, less than one latent frame"):
         check_edit(OLD, schedule((1, "a"), (1, "b"), (0.05, "c"), (2, "d")), FPS, made=3)
+
+
+def test_what_was_made_of_the_running_step_stays_its_own():
+    """The running step cannot end before what exists: its frames would change hands."""
+    with pytest.raises(ValueError, match=r"step 2 would end at 1.25 s, but 1.75 s .*longer"):
+        check_edit(OLD, schedule((1, "a"), (0.25, "b"), (5, "c")), FPS, made=8)
+    assert check_edit(OLD, schedule((1, "a"), (0.75, "b"), (5, "c")), FPS, made=8).ends[1] == 8
+
+
+def test_a_finished_video_can_only_be_lengthened():
+    """When all is made no step may change any more, but more may follow."""
+    made = Timeline.of(OLD, FPS).latent_frames
+    with pytest.raises(ValueError, match="has been generated and cannot change"):
+        check_edit(OLD, schedule((1, "a"), (1, "b"), (1, "other"), (3, "d")), FPS, made=made)
+    longer = OLD.extended(schedule((2, "d")))
+    assert check_edit(OLD, longer, FPS, made=made).latent_frames == made + 8
