@@ -14,6 +14,7 @@ from .denoiser import Denoiser
 from .model.config import ModelConfig
 from .model.inspect import Description, describe
 from .model.presets import PRESETS, Preset
+from .model.transformer import WanTransformer
 from .model.weights import (
     load_transformer,
     load_vae,
@@ -21,8 +22,8 @@ from .model.weights import (
     random_vae,
     weights_fingerprint,
 )
-from .model.transformer import WanTransformer
 from .pictures import fitted, load_picture
+from .processor import has_bf16
 from .schedule import Schedule
 from .stream import Model
 from .text_encoder import load_text_encoder, random_text_encoder
@@ -134,20 +135,30 @@ def load_parts(files: Files, *, device: torch.device, dtype: torch.dtype | None 
         vae = random_vae(RANDOM_VAE_DIM, RANDOM_SEED).to(device)
         encode = random_text_encoder(RANDOM_SEED)
     else:
-        other = torch.float32 if dtype == torch.float32 else torch.bfloat16
         tree = load_transformer(files.model, dtype=dtype, device=device).tree
-        vae = load_vae(files.vae, other, device)
+        vae = load_vae(files.vae, vae_dtype(dtype, device), device)
         path = files.text_encoder
-        encode = load_text_encoder(path, dtype=other) if path else None
-    denoiser = Denoiser(
-        tree.eval().requires_grad_(False), dtype=dtype, text_len=config.text_len
-    )
+        encode = load_text_encoder(path, dtype=_rough(dtype)) if path else None
+    denoiser = Denoiser(tree.eval().requires_grad_(False), dtype=dtype, text_len=config.text_len)
     fingerprint = weights_fingerprint(tree.state_dict())
     model = Model(denoiser=denoiser, fingerprint=fingerprint, device=device)
     vae = vae.eval().requires_grad_(False)
     return Parts(
         model=model, config=config, preset=preset, vae=vae, encode=_checked(encode, config)
     )
+
+
+def vae_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what the VAE computes in beside a model in `dtype`.
+
+    Decoding is all convolution: on a CPU without bf16 units fp32 is four times as fast.
+    """
+    return torch.float32 if device.type == "cpu" and not has_bf16() else _rough(dtype)
+
+
+def _rough(dtype: torch.dtype) -> torch.dtype:
+    """Half precision for VAE and text encoder is bf16: both overflow in fp16."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def conditioner_for(parts: Parts, fps: float, size: tuple[int, int], negative: str | None):

@@ -90,7 +90,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_cache_fits(plan: Plan, free: int) -> None:
-    """Raise `ValueError` if the cache alone, whose size is known exactly, is beyond `free` bytes."""
+    """Raise `ValueError` if the cache alone, whose size is exact, is beyond `free` bytes."""
     made = estimate(plan, free)
     needed = made.past + made.future
     if needed > free:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .cache import Keyframe
 from .conditioning import Conditioner, Conditioning
+from .model.config import HEAD_DIM
 from .records import (
     Record,
     metadata_of,
@@ -32,6 +33,7 @@ from .records import (
 )
 from .schedule import Schedule
 from .settings import SamplerSettings
+from .shapes import LATENT_CHANNELS, SIZE_STEP, SPATIAL, check_size
 
 KIND = "cache"
 # Latent frames kept to warm a decoder: see tests/test_stream.py for the seam this leaves.
@@ -176,11 +178,29 @@ class FrozenCache:
             values=tuple(tensors[name.replace("keys", "values")] for name in branches),
             warm=tensors["warm"],
         )
-        held = len(frozen.frames) + len(frozen.future)
-        for part in (*frozen.keys, *frozen.values):
-            if part.dim() != 6 or part.shape[2] != held or part.shape != frozen.keys[0].shape:
-                raise ValueError(f"keys and values of {held} frames were expected")
+        frozen._check_whole()
         return frozen
+
+    def _check_whole(self) -> None:
+        """Raise `ValueError` unless the sizes agree with one another: a file may say anything."""
+        width, height = self.size
+        check_size(width, height)
+        batch, held = len(self.settings.seeds), len(self.frames) + len(self.future)
+        tokens = (height // SIZE_STEP) * (width // SIZE_STEP)
+        branches = 2 if self.settings.cfg > 1 else 1
+        if len(self.keys) != branches or len(self.values) != branches:
+            raise ValueError(f"keys and values of {branches} branches were expected")
+        for part in (*self.keys, *self.values):
+            fits = part.dim() == 6 and part.shape[1:4] == (batch, held, tokens)
+            if not fits or part.shape[5] != HEAD_DIM or part.shape != self.keys[0].shape:
+                raise ValueError(f"keys and values of {held} frames of {tokens} were expected")
+        latent = (batch, LATENT_CHANNELS, height // SPATIAL, width // SPATIAL)
+        warm = self.warm.shape
+        if len(warm) != 5 or (*warm[:2], *warm[3:]) != latent or not warm[2]:
+            raise ValueError(f"its latents are {tuple(warm)}")
+        ordered = list(self.frames) == sorted({f for f in self.frames if 0 <= f < self.frontier})
+        if not ordered or len(self.future) > self.settings.keyframes:
+            raise ValueError(f"its frames {self.frames} are not those of {self.frontier}")
 
 
 def continued_schedule(cache: FrozenCache, more: Schedule | None) -> Schedule:

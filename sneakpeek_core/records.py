@@ -98,10 +98,11 @@ def schedule_to_record(conditioning: Conditioning) -> tuple[dict[str, Any], dict
         steps.append(
             {"text": step.text, "seconds": step.seconds, "own_embeds": step.embeds is not None}
         )
-        tensors[f"text.{index}"] = conditioning.texts[index]
+        # Steps may share a text or a goal; safetensors refuses tensors that share memory.
+        tensors[f"text.{index}"] = conditioning.texts[index].clone()
         goal = conditioning.goals[index]
         if goal is not None:
-            tensors[f"goal.{index}"] = goal
+            tensors[f"goal.{index}"] = goal.clone()
     if conditioning.negative is not None:
         tensors["negative"] = conditioning.negative
     header = {

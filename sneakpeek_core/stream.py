@@ -95,6 +95,12 @@ class VideoStream:
                 fingerprint=model.fingerprint, size=(width, height), fps=conditioner.fps,
                 settings=settings,
             )  # fmt: skip
+            layers, heads = cache.keys[0].shape[0], cache.keys[0].shape[4]
+            if (layers, heads * HEAD_DIM) != (model.denoiser.layers, model.denoiser.dim):
+                raise ValueError(
+                    f"the cache holds {layers} layers of {heads} heads, which is not this model; "
+                    "start anew"
+                )
         if settings.cfg > 1 and conditioner.negative is None:
             raise ValueError(f"cfg {settings.cfg:g} needs a negative text; give one, or use cfg 1")
         conditioning = conditioner.prepare(schedule, version)

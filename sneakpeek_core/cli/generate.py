@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 
-import torch
-
 from ..contact_sheet import save_contact_sheet
 from ..frames import FrameChunk, FrameCursor, Recorder, StepSheet
 from ..shapes import frames_of
-from ..stream import GenerationError, VideoStream
+from ..stream import VideoStream
 from ..vae.streaming import StreamingDecoder
+from .endings import Interrupted, ending, on_one_line
 from .jobs import Job, fresh, resumed
 from .progress import Progress
 from .watch import StepsWatcher
 
-INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 RANDOM = (
     "no --model was given: these are small random weights made on the spot, so the picture is "
     "noise; everything else is the real thing"
 )
-
-
-class Stopped(Exception):
-    """Ctrl-C, raised between two passes."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,10 +35,11 @@ def run(options: argparse.Namespace) -> int:
         with job.replacing():
             _stream(job, progress, sheet)
         _finish(job, sheet)
-    except Exception as error:
-        code, words = _reason(error)
+    except (Exception, KeyboardInterrupt) as error:
         progress.end()
-        _leave(job, words)
+        code, words = ending(error)
+        _say(on_one_line(words))
+        _leave(job, freeze=not isinstance(error, KeyboardInterrupt))
         return code
     return 0
 
@@ -59,7 +53,7 @@ def _stream(job: Job, progress: Progress, sheet: StepSheet) -> None:
 
     decoder = StreamingDecoder(job.vae, latent_frames_per_step=job.stream.settings.chunk)
     recorder = Recorder(FrameCursor(job.stream, decoder), job.writer, announce)
-    with _stoppable(job.stream), StepsWatcher(job.stream, job.watched):
+    with _stoppable(job.stream), StepsWatcher(job.stream, job.watched, job.before):
         while recorder.step():
             pass
     progress.end()
@@ -73,24 +67,19 @@ def _finish(job: Job, sheet: StepSheet) -> None:
     if job.contact_sheet:
         save_contact_sheet(job.contact_sheet, sheet.frames.rows())
         _say(f"contact sheet: {job.contact_sheet}")
-    whole = job.writer.close(job.metadata())
+    if not job.writer.close(job.metadata()):
+        raise OSError(f"{job.writer.path} could not be finished")
     job.stream.close_journal()
-    if whole:  # else the journal is still of use
-        job.journal.unlink(missing_ok=True)
+    job.journal.unlink(missing_ok=True)
     seconds = job.writer.frames / job.stream.conditioner.fps
     _say(f"video: {job.writer.path}, {job.writer.frames} frames, {seconds:.2f} s")
 
 
-def _leave(job: Job, words: str) -> None:
+def _leave(job: Job, *, freeze: bool) -> None:
     """Close a video that is not finished, and say what there is of it and how to go on."""
-    _say(words)
     job.writer.abort()
-    if job.save_cache and len(job.stream):
-        with contextlib.suppress(Exception):  # out of memory, disk full: the journal still holds
-            job.stream.freeze().save(job.save_cache)
-            _say(f"cache: {job.save_cache}")
-    job.stream.close_journal()
     if not len(job.stream):
+        job.stream.close_journal()
         job.journal.unlink(missing_ok=True)
         return
     seconds = frames_of(job.stream.made) / job.stream.conditioner.fps
@@ -100,6 +89,11 @@ def _leave(job: Job, words: str) -> None:
         f"{seconds:.2f} s are kept; go on with: "
         f"sneakpeek generate --resume {shlex.quote(str(job.writer.path))}"
     )
+    if freeze and job.save_cache:
+        with contextlib.suppress(Exception):  # out of memory, disk full: the journal still holds
+            job.stream.freeze().save(job.save_cache)
+            _say(f"cache: {job.save_cache}")
+    job.stream.close_journal()
 
 
 @contextlib.contextmanager
@@ -114,7 +108,7 @@ def _stoppable(stream: VideoStream) -> Iterator[None]:
 
     def check() -> None:
         if asked:
-            raise Stopped
+            raise Interrupted
 
     before = signal.signal(signal.SIGINT, ask)
     stream.before_pass = check
@@ -124,21 +118,6 @@ def _stoppable(stream: VideoStream) -> Iterator[None]:
     finally:
         stream.before_pass = lambda: None
         signal.signal(signal.SIGINT, before)
-
-
-def _reason(error: Exception) -> tuple[int, str]:
-    """Return exit code and sentence for what ended a stream early; raise what is a bug."""
-    if isinstance(error, Stopped):
-        return INTERRUPTED, "stopped"
-    if isinstance(error, GenerationError):
-        return 1, str(error)
-    lacks_memory = "memory" in str(error).lower() and isinstance(error, RuntimeError)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or lacks_memory:
-        return 1, "out of memory; `sneakpeek estimate` says what to make smaller"
-    if isinstance(error, OSError):
-        fix = "make room" if error.errno == errno.ENOSPC else "mend that"
-        return 1, f"{error.strerror or error}; {fix} and go on"
-    raise error
 
 
 def _say(words: str) -> None:

@@ -6,33 +6,26 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..assembly import Files, Parts, conditioner_for, encode_picture, load_parts
+from ..assembly import Parts, conditioner_for, encode_picture, load_parts
+from ..estimate import check_cache_fits, free_bytes
 from ..frozen import FrozenCache
 from ..journal import read as read_journal
 from ..mp4 import probe
 from ..records import settings_to_json
+from ..schedule import Schedule
 from ..stream import VideoStream
 from ..vae.wan import WanVAE
 from ..video import VideoWriter
-from .options import (
-    BIG_DIM,
-    DTYPES,
-    FULL_SIZE,
-    SMALL_SIZE,
-    device_of,
-    refuse_with_resume,
-    settings_of,
-    size_of,
-)
-from .steps import schedule_of, start_of
+from .options import CODEC, DTYPES, OUT, SMALL_SIZE, device_of, refuse_with_resume
+from .order import FILES, files_of, order_of
 
-FILES = ("model", "vae", "text_encoder")
+JOURNAL = ".journal"
 
 
 @dataclass(kw_only=True)
@@ -44,6 +37,7 @@ class Job:
     writer: VideoWriter
     random: bool  # made from random weights
     watched: Path | None
+    before: Schedule | None  # the steps of a continued cache, which the watched file lacks
     contact_sheet: Path | None
     save_cache: Path | None
     resumes: bool = False
@@ -83,135 +77,141 @@ class Job:
 
 def journal_of(video: Path) -> Path:
     """Return where the journal of a video lies: beside it, under its name."""
-    return video.with_name(video.name + ".journal")
+    return video.with_name(video.name + JOURNAL)
 
 
 def fresh(options: argparse.Namespace) -> Job:
     """Return a new video as the options describe it; `ValueError` for what cannot be."""
-    files = _files({name: getattr(options, name) for name in FILES})
-    schedule = schedule_of(options) if options.steps or not options.continue_from else None
-    cache = FrozenCache.load(options.continue_from) if options.continue_from else None
-    if cache and options.image:
-        raise ValueError("--image and --continue-from were given; a cache goes on from its own end")
-    if options.goal and schedule is None:
-        raise ValueError("--goal needs the --steps it belongs to; give the file of steps")
-    picture = start_of(options)
-    size_of(options.size, SMALL_SIZE)
-    _check_folders(options)
-    device = device_of(options.device)
+    _check_outputs(options)
+    order = order_of(options)
+    if order.files.model and not order.files.text_encoder and not order.cache:
+        raise ValueError(
+            "--text-encoder is missing: the texts of the steps must be encoded; give the model's"
+        )
+    writer = _writer(options, order.size, order.fps)
+    check_cache_fits(order.plan, free_bytes(order.device))
 
-    parts = load_parts(files, device=device, dtype=DTYPES.get(options.dtype))
-    settings = settings_of(
-        options, parts.preset, goals=bool(options.goal), base=cache.settings if cache else None
-    )
-    default = FULL_SIZE if parts.config.dim >= BIG_DIM else SMALL_SIZE
-    size = size_of(options.size, cache.size if cache else default)
-    fps = options.fps or (cache.fps if cache else parts.preset.fps)
-    writer = _writer(options.out, size, fps, options.codec, options.crf, options.overwrite)
-    conditioner = conditioner_for(parts, fps, size, options.negative)
-    if cache:
-        if size != cache.size:
-            raise ValueError(
-                f"size {options.size} is not the cache's {cache.size[0]}x{cache.size[1]}; "
-                "leave it out"
-            )
-        stream = VideoStream.continue_from(cache, parts.model, conditioner, settings, schedule)
+    parts = load_parts(order.files, device=order.device, dtype=order.dtype)
+    conditioner = conditioner_for(parts, order.fps, order.size, options.negative)
+    if order.cache:
+        stream = VideoStream.continue_from(
+            order.cache, parts.model, conditioner, order.settings, order.schedule
+        )
     else:
-        assert schedule is not None
-        start = encode_picture(parts.vae, picture, size) if picture is not None else None
+        assert order.schedule is not None
+        start = None
+        if order.start is not None:
+            start = encode_picture(parts.vae, order.start, order.size)
         stream = VideoStream(
-            parts.model, conditioner, schedule, settings,
-            width=size[0], height=size[1], start=start,
+            parts.model, conditioner, order.schedule, order.settings,
+            width=order.size[0], height=order.size[1], start=start,
         )  # fmt: skip
     stream.keep_journal(journal_of(writer.path), _origin(options))
-    return _job(stream, parts, writer, files, options)
+    return _job(stream, parts, writer, order.cache, options)
 
 
 def resumed(options: argparse.Namespace) -> Job:
     """Return the video that a journal describes; options name files that have moved."""
     refuse_with_resume(options)
-    video = Path(options.resume)
+    video = options.resume
+    if video.suffix == JOURNAL:
+        video = video.with_suffix("")
     journal = journal_of(video)
-    origin = read_journal(journal)[0][0].header.get("origin")
-    if not isinstance(origin, dict) or not all(isinstance(key, str) for key in origin):
-        raise ValueError(f"journal {journal} does not say where its files lie; begin anew")
-    for name, value in origin.items():
-        if getattr(options, name, None) in (None, False, "auto") or name in ("codec", "crf"):
-            setattr(options, name, _from_json(name, value))
-    files = _files({name: getattr(options, name) for name in FILES})
-    _check_folders(options)
-    parts = load_parts(files, device=device_of(options.device), dtype=DTYPES.get(options.dtype))
+    _take_over(options, read_journal(journal)[0][0].header.get("origin"), journal)
+    options.out, options.overwrite = video, True
+    _check_outputs(options)
+    parts = load_parts(
+        files_of(options), device=device_of(options.device), dtype=DTYPES.get(options.dtype)
+    )
     cache = FrozenCache.load(options.continue_from) if options.continue_from else None
     conditioner = conditioner_for(parts, parts.preset.fps, SMALL_SIZE, None)
     stream = VideoStream.resume(journal, parts.model, conditioner, cache)
-    size = (stream.width, stream.height)
     try:
-        writer = _writer(video, size, conditioner.fps, options.codec, options.crf, True)
+        writer = _writer(options, (stream.width, stream.height), conditioner.fps)
     except BaseException:
         stream.close_journal()
         raise
-    job = _job(stream, parts, writer, files, options)
+    job = _job(stream, parts, writer, cache, options)
     job.resumes = True
     return job
 
 
 def _job(
-    stream: VideoStream, parts: Parts, writer: VideoWriter, files: Files,
+    stream: VideoStream, parts: Parts, writer: VideoWriter, cache: FrozenCache | None,
     options: argparse.Namespace,
 ) -> Job:  # fmt: skip
     return Job(
         stream=stream,
         vae=parts.vae,
         writer=writer,
-        random=files.random,
+        random=options.model is None,
         watched=options.steps if options.watch else None,
+        before=cache.conditioning.schedule if cache else None,
         contact_sheet=options.contact_sheet,
         save_cache=options.save_cache,
     )
 
 
-def _writer(
-    out: Path, size: tuple[int, int], fps: float, codec: str, crf: int | None, overwrite: bool
-) -> VideoWriter:
+def _writer(options: argparse.Namespace, size: tuple[int, int], fps: float) -> VideoWriter:
     return VideoWriter(
-        out, width=size[0], height=size[1], fps=fps, codec=codec, crf=crf, overwrite=overwrite
+        options.out or OUT,
+        width=size[0],
+        height=size[1],
+        fps=fps,
+        codec=options.codec or CODEC,
+        crf=options.crf,
+        overwrite=options.overwrite,
     )
 
 
-def _files(paths: Mapping[str, Path | None]) -> Files:
-    return Files(**{name: paths[name] for name in FILES})
-
-
-ORIGIN = (
-    *FILES, "steps", "device", "dtype", "codec", "crf", "contact_sheet", "save_cache",
-    "continue_from", "watch",
-)  # fmt: skip
+_PATHS = (*FILES, "steps", "contact_sheet", "save_cache", "continue_from")
+_WORDS = ("device", "dtype", "codec")
 
 
 def _origin(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that a resumed run needs again, as JSON; paths are made absolute."""
-    values = {name: getattr(options, name) for name in ORIGIN}
-    return {
-        name: str(value.absolute()) if isinstance(value, Path) else value
-        for name, value in values.items()
-    }
+    paths = {name: getattr(options, name) for name in _PATHS}
+    others = {name: getattr(options, name) for name in (*_WORDS, "crf", "watch")}
+    return {n: p if p is None else str(p.absolute()) for n, p in paths.items()} | others
 
 
-_PATHS = {*FILES, "steps", "contact_sheet", "save_cache", "continue_from"}
+def _take_over(options: argparse.Namespace, origin: object, journal: Path) -> None:
+    """Fill options that were not given with a journal's; `ValueError` if it is damaged."""
+    if not isinstance(origin, dict):
+        raise ValueError(f"journal {journal} does not say where its files lie; begin anew")
+    for name in (*_PATHS, *_WORDS, "crf", "watch"):
+        value = origin.get(name)
+        kind = {"crf": int, "watch": bool}.get(name, str)
+        if not isinstance(value, (kind, type(None))):
+            raise ValueError(f"journal {journal} is damaged ({name} {value!r}); begin anew")
+        if value is not None and getattr(options, name) in (None, False, "auto"):
+            setattr(options, name, Path(value) if name in _PATHS else value)
 
 
-def _from_json(name: str, value: Any) -> Any:
-    return Path(value) if name in _PATHS and isinstance(value, str) else value
-
-
-def _check_folders(options: argparse.Namespace) -> None:
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise `ValueError` unless every file asked for can be put where it should lie."""
+    out = options.out or OUT
+    if out.is_file() and not options.overwrite:
+        go_on = f", or go on with it (--resume {out})" if journal_of(out).is_file() else ""
+        raise ValueError(f"{out} exists; choose another --out, or add --overwrite{go_on}")
+    taken = {out.absolute(): "--out", journal_of(out.absolute()): "the journal of --out"}
+    if options.continue_from:
+        taken[options.continue_from.absolute()] = "--continue-from"
     for name in ("save_cache", "contact_sheet"):
-        path = getattr(options, name)
-        if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
-            flag = "--" + name.replace("_", "-")
+        path, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir() or path.is_dir():
             raise ValueError(
                 f"{flag} {path} is not a file in a folder that exists; make the folder"
             )
+        if path.absolute() in taken:
+            raise ValueError(f"{flag} {path} is {taken[path.absolute()]} too; choose another name")
+        if name == "contact_sheet" and path.suffix.lower() != ".png":
+            raise ValueError(
+                f"{flag} {path} does not end in .png; use {path.with_suffix('.png').name}"
+            )
+        taken[path.absolute()] = flag
 
 
 def _frames_in(video: Path) -> int:

@@ -14,10 +14,10 @@ from ..stream import VideoStream
 class Progress:
     """Announces chunks: which of how many, frames per second, and the step's text."""
 
-    def __init__(self, stream: VideoStream, out: TextIO = sys.stderr):
+    def __init__(self, stream: VideoStream, out: TextIO | None = None):
         self._stream = stream
-        self._out = out
-        self._live = out.isatty()
+        self._out = out or sys.stderr
+        self._live = self._out.isatty()
         self._began = time.monotonic()
         self._frames = 0
 

@@ -15,6 +15,7 @@ from ..pictures import load_picture
 from ..schedule import Schedule, parse_steps
 from .options import goals_of
 
+MAX_BYTES = 50_000_000  # more than a thousand of the longest steps
 EXAMPLE = Path(__file__).parent.parent / "embedded"
 
 
@@ -36,6 +37,8 @@ def start_of(options: argparse.Namespace) -> Tensor | None:
 def read_steps(path: Path) -> Schedule:
     """Parse a steps file; the `ValueError` for what is wrong with it names file and line."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES // 10**6} MB; split it")
         return parse_steps(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"steps {path} is not text in UTF-8; save it as that") from error

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..edits import Edit
-from ..schedule import Schedule, parse_steps
+from ..schedule import Schedule
 from ..shapes import TEMPORAL
 from ..stream import VideoStream
+from .endings import on_one_line
+from .steps import read_steps
 
 INTERVAL = 0.25  # seconds between two looks at the file
 
@@ -18,15 +20,17 @@ INTERVAL = 0.25  # seconds between two looks at the file
 class StepsWatcher:
     """A context manager: looks at the file from a thread of its own while the block runs.
 
-    Goals stay with the steps they were given to, by number.
+    The file's steps come behind those of `before`, a continued cache's. Goals stay with the steps
+    they were given to, by number.
     """
 
-    def __init__(self, stream: VideoStream, path: Path | None):
+    def __init__(self, stream: VideoStream, path: Path | None, before: Schedule | None = None):
         self._stream = stream
         self._path = path
+        self._before = before
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="steps-watcher", daemon=True)
-        self._seen = self._stamp()
+        self._seen: tuple[int, int] | None = None  # so what changed while loading is noticed
 
     def __enter__(self) -> StepsWatcher:
         if self._path is not None:
@@ -53,14 +57,21 @@ class StepsWatcher:
                 self._seen = stamp
                 waiting += self._propose()
             waiting = [edit for edit in waiting if not self._told(edit)]
+        for edit in waiting:
+            if not self._told(edit):
+                print("\nedit not taken: no chunk was begun after it", file=sys.stderr)
 
     def _propose(self) -> list[Edit]:
         assert self._path is not None
         try:
-            schedule = parse_steps(self._path.read_text("utf-8"))
+            schedule = read_steps(self._path)
+            if self._before is not None:
+                schedule = self._before.extended(schedule)
+            if schedule == self._stream.schedule:
+                return []
             return [self._stream.edit(_with_goals_of(self._stream.schedule, schedule))]
-        except (OSError, ValueError) as error:
-            print(f"\nedit not taken: {error}", file=sys.stderr)
+        except ValueError as error:
+            print(f"\nedit not taken: {on_one_line(str(error))}", file=sys.stderr)
             return []
 
     def _told(self, edit: Edit) -> bool:

@@ -136,6 +136,9 @@ def _entry(value: dict[str, Any]) -> TensorEntry:
 
 def _open_torch(path: Path) -> dict[str, Any]:
     _check_archive(path)
+    if path.suffix == ".safetensors":  # torch.load goes by the name
+        name = path.with_suffix(".pt").name
+        raise ValueError(f"{path.name} is a torch file under another name; rename it to {name}")
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..processor import has_bf16
 from ..shapes import LATENT_CHANNELS
 
 State = tuple[Tensor, ...] | None  # None: nothing was coded yet
@@ -105,7 +106,8 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         mkldnn = torch.backends.mkldnn
-        plain = input.device.type == "cpu" and input.dtype == torch.float32
+        native = input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and has_bf16())
+        plain = input.device.type == "cpu" and native
         # the direct call has no derivative
         if plain and not torch.is_grad_enabled() and mkldnn.enabled and mkldnn.is_available():
             padding = tuple(int(p) for p in self.padding)
