@@ -51,9 +51,9 @@ class FrameCursor:
         chunk = self.stream.chunk(self._number)
         if chunk is None:
             return None
-        if self._warm is not None:
+        if self._warm is not None and self._warm.shape[2]:
             self.decoder.decode(self._warm)
-            self._warm = None
+        self._warm = None
         frames = self.decoder.decode(chunk.latents_BCFHW)
         self._number += 1
         return FrameChunk(chunk, frames_of(chunk.first), frames)

@@ -31,6 +31,7 @@ from .records import (
     settings_from_json,
     settings_to_json,
 )
+from .sampler import Rollout
 from .schedule import Schedule
 from .settings import SamplerSettings
 from .shapes import LATENT_CHANNELS, SIZE_STEP, SPATIAL, check_size
@@ -104,6 +105,19 @@ class FrozenCache:
                 raise ValueError(
                     f"the cache was made with {name} {own}, not {wanted}; use {own}, or start anew"
                 )
+
+    def put_into(self, rollout: Rollout) -> None:
+        """Copy the contents into a fresh rollout, which then goes on from here.
+
+        Keyframes come along only where guidance is the same: another one plans its own.
+        """
+        same = self.settings.guidance == rollout.settings.guidance
+        future = self.future if same else ()
+        skip = len(self.future) - len(future)
+        for cache, keys, values in zip(rollout.caches, self.keys, self.values, strict=True):
+            cache.fill(self.frames, future, keys[:, :, skip:], values[:, :, skip:])
+        rollout.chunk, rollout.frontier = self.chunk, self.frontier
+        rollout.planned_at = self.planned_at
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file, whole or not at all."""
@@ -196,7 +210,7 @@ class FrozenCache:
                 raise ValueError(f"keys and values of {held} frames of {tokens} were expected")
         latent = (batch, LATENT_CHANNELS, height // SPATIAL, width // SPATIAL)
         warm = self.warm.shape
-        if len(warm) != 5 or (*warm[:2], *warm[3:]) != latent or not warm[2]:
+        if len(warm) != 5 or (*warm[:2], *warm[3:]) != latent:
             raise ValueError(f"its latents are {tuple(warm)}")
         ordered = list(self.frames) == sorted({f for f in self.frames if 0 <= f < self.frontier})
         if not ordered or len(self.future) > self.settings.keyframes:

@@ -60,6 +60,11 @@ class LatentStore:
         self._held[len(self)] = latents
         self._shapes.append(tuple(latents.shape))
 
+    def drop_last(self) -> None:
+        """Take the newest latents out again."""
+        del self._held[len(self) - 1]
+        self._shapes.pop()
+
     def _spill(self, index: int) -> None:
         if self._file is None:
             # Unbuffered: bytes that a full disk refused must not come again with the next call.

@@ -54,7 +54,7 @@ class Rollout:
 
     The order for every chunk is `make` (its latents can leave at once), then `commit` (the
     context pass). Either can be interrupted by any exception and called again: nothing that lasts
-    has changed before its last line.
+    has changed before its last line. Both raise `FloatingPointError` when the model gives NaN.
 
     `caches` holds one cache, or a second one for the negative text with `cfg` above 1.
     `latent_size` is (height, width) in latent cells. `before_pass` is called before every forward
@@ -86,11 +86,10 @@ class Rollout:
         """Denoise the next chunk and return its clean latents [B, C, F, H, W], float32."""
         wanted = self._targets(conditioning)
         self._keep_texts(conditioning, wanted)
-        if self._guided and self._guidance.mode == "joint":
-            return self._denoise(conditioning, wanted)
-        if self._is_stale(conditioning, wanted):
+        joint = self._guided and self._guidance.mode == "joint"
+        if not joint and self._is_stale(conditioning, wanted):
             self._plan(conditioning, wanted)
-        return self._denoise(conditioning)
+        return _finite(self._denoise(conditioning, wanted if joint else ()))
 
     def commit(self, latents_BCFHW: Tensor, conditioning: Conditioning) -> None:
         """Run the context pass over clean latents and take them into the past.
@@ -104,7 +103,7 @@ class Rollout:
             clean = renoise(clean, sigma, self._draw("context", 1, len(frames))[0])
         rope = self._arrange(frames)
         call = self._call(conditioning, frames, rope, lambda c: c.view(len(frames), keep=True))
-        self._pass(call, clean, sigma)
+        _finite(self._pass(call, clean, sigma))
         tables = [cache.table for cache in self.caches]
         try:
             for cache in self.caches:
@@ -182,7 +181,7 @@ class Rollout:
             latents = latents.expand(self._batch, -1, -1, -1, -1).to(self._device, torch.float32)
         shown = self._guidance.context_sigma
         x = renoise(latents, shown, self._draw("shown", 1, len(frames))[0]) if shown else latents
-        self._pass(call, call.pinned(x), shown)
+        _finite(self._pass(call, call.pinned(x), shown))
         keyframes = [
             Keyframe(
                 target.frame, target.step, sigma, "given" if i in given else "predicted",
@@ -310,6 +309,16 @@ class Rollout:
         if conditioning.negative is not None:
             texts.append(conditioning.negative)
         self.denoiser.forget_texts(texts)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Return what a pass gave, or raise `FloatingPointError`: NaN must not stay in the cache.
+
+    Waits for the device, once for all that a chunk's passes computed.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise FloatingPointError("the model gave NaN or infinity")
+    return x
 
 
 def _given(conditioning: Conditioning, wanted: Sequence[Target]) -> dict[int, Tensor]:

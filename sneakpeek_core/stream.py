@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,27 +22,40 @@ from .conditioning import Conditioner, Conditioning
 from .denoiser import Denoiser
 from .edits import Edit
 from .frozen import WARM_LATENTS, FrozenCache, continued_schedule, newest, on_cpu
-from .journal import Journal
 from .latent_store import LatentStore
 from .model.config import HEAD_DIM
-from .records import (
-    Record,
-    schedule_from_record,
-    schedule_to_record,
-    settings_from_json,
-    settings_to_json,
-)
 from .sampler import Rollout
 from .schedule import Schedule, Timeline, check_edit
 from .settings import SamplerSettings
 from .shapes import LATENT_CHANNELS, PATCH, SPATIAL, TEMPORAL, check_size
+from .start import check_start, start_chunks
 
 CPU = torch.device("cpu")
-START, CHUNK, EDIT = "journal-start", "journal-chunk", "journal-edit"
+NO_PLAN = -1
 
 
 class GenerationError(RuntimeError):
     """Sampling failed in a way that another attempt would not mend (NaN)."""
+
+
+class StreamLog(Protocol):
+    """Whatever keeps a stream's history as it happens. A call that raises must change nothing."""
+
+    def chunk(self, latents_BCFHW: Tensor, planned_at: int) -> None: ...
+
+    def edit(self, conditioning: Conditioning) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Remembered(NamedTuple):
+    """One chunk of a stream's history."""
+
+    latents_BCFHW: Tensor
+    planned_at: int
+
+
+History = Sequence[Conditioning | Remembered]  # the first conditioning, then chunks and edits
 
 
 class Chunk(NamedTuple):
@@ -68,7 +81,7 @@ class VideoStream:
     """See the module. Everything is checked here, before any sampling: `ValueError` in words.
 
     `start` are clean latents [B, C, F, H, W] of a start image or clip, `width` and `height` pixels.
-    Use `continue_from` for a cache and `resume` for a journal.
+    Use `continue_from` for a cache, and `recording.resume` for a journal.
     """
 
     def __init__(
@@ -86,7 +99,7 @@ class VideoStream:
     ):
         check_size(width, height)
         if start is not None:
-            _check_start(start, len(settings.seeds), width, height)
+            check_start(start, len(settings.seeds), width, height)
             if settings.policy.sink < 1:  # a start image is never evicted
                 settings = replace(settings, policy=replace(settings.policy, sink=1))
         if cache is not None:
@@ -116,16 +129,16 @@ class VideoStream:
         self._base = cache.chunk if cache else 0  # chunks before this stream's own
         self._first = self._made = cache.frontier if cache else 0  # latent frames likewise
         self._latents = LatentStore()
-        self._firsts: list[int] = []
+        self._firsts: list[int] = []  # of every remembered chunk, its first latent frame
+        self._plans: list[int] = []  # and the chunk its keyframes were planned for
         # (first chunk made under it, conditioning)
         self._versions: list[tuple[int, Conditioning]] = [(0, conditioning)]
         self._edits: deque[Edit] = deque()
         self._rollout: Rollout | None = None
-        self._replan_at = -1  # in a replay: the chunk before which keyframes are planned
-        self._journal: Journal | None = None
+        self._log: StreamLog | None = None
         self._lock = threading.RLock()
         for part in start_chunks(start, settings.chunk) if start is not None else ():
-            self._remember(part)
+            self.remember(part)
 
     @classmethod
     def continue_from(
@@ -197,6 +210,11 @@ class VideoStream:
             dtype=self.model.denoiser.dtype,
         )
 
+    @property
+    def continued(self) -> FrozenCache | None:
+        """The cache that this stream goes on from."""
+        return self._cache
+
     # -- pulling ---------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -228,12 +246,14 @@ class VideoStream:
     @torch.no_grad()
     def freeze(self) -> FrozenCache:
         """Return the cache as a value at the present chunk boundary."""
-        with self._lock:
+        with self._lock, self._in_words():
             rollout = self._caught_up()
             parts = [cache.contents() for cache in rollout.caches]
             count = len(self._latents)
             own = [self._latents[i] for i in range(max(0, count - WARM_LATENTS), count)]
-            known = [self.warm, *own] if self.warm is not None else own
+            size = (self.height // SPATIAL, self.width // SPATIAL)
+            none = torch.empty(len(self.settings.seeds), LATENT_CHANNELS, 0, *size)
+            before = none if self.warm is None else self.warm
             return FrozenCache(
                 fingerprint=self.model.fingerprint,
                 size=(self.width, self.height),
@@ -247,7 +267,7 @@ class VideoStream:
                 future=rollout.caches[0].future,
                 keys=tuple(on_cpu(keys) for keys, _ in parts),
                 values=tuple(on_cpu(values) for _, values in parts),
-                warm=on_cpu(newest(known)),
+                warm=on_cpu(newest([before, *own])),
             )
 
     # -- editing ---------------------------------------------------------------------------------
@@ -275,13 +295,14 @@ class VideoStream:
                 self._edits.popleft()
                 edit.settle("refused", self._made, str(error))
                 continue
-            if self._journal:
-                self._journal.append(_edit_record(conditioning))
-            self._put_in_force(conditioning)
+            if self._log:
+                self._log.edit(conditioning)
+            self.put_in_force(conditioning)
             self._edits.popleft()
             edit.settle("landed", self._made)
 
-    def _put_in_force(self, conditioning: Conditioning) -> None:
+    def put_in_force(self, conditioning: Conditioning) -> None:
+        """Let a new version of the schedule hold from the next chunk on (already checked)."""
         self._versions.append((len(self._latents), conditioning))
         self.landed.append(
             {
@@ -295,6 +316,26 @@ class VideoStream:
         """The conditioning a chunk of this stream was made under."""
         return next(c for first, c in reversed(self._versions) if first <= index)
 
+    # -- history ---------------------------------------------------------------------------------
+
+    def attach(self, begin: Callable[[History], StreamLog]) -> None:
+        """Keep a log from now on; `begin` makes it from the history so far."""
+        with self._lock:
+            (_, conditioning), *edits = self._versions
+            history: list[Conditioning | Remembered] = [conditioning]
+            for index in range(len(self._latents) + 1):
+                history += [edit for first, edit in edits if first == index]
+                if index < len(self._latents):
+                    history.append(Remembered(self._latents[index], self._plans[index]))
+            self._log = begin(history)
+
+    def close(self) -> None:
+        """Close the log, if one is kept. The stream itself can still be pulled from."""
+        with self._lock:
+            if self._log:
+                self._log.close()
+            self._log = None
+
     # -- sampling --------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -304,23 +345,28 @@ class VideoStream:
         left = self.timeline.latent_frames - self._made
         if left <= 0:
             return False
-        rollout = self._caught_up()
-        latents = rollout.make(self.conditioning)[:, :, :left].cpu()
-        if not torch.isfinite(latents).all():
-            seconds = max(0, self._made - 1) * TEMPORAL / self.conditioner.fps
-            raise GenerationError(
-                f"the model gave NaN or infinity at {seconds:g} s; what was made before is kept: "
-                "go on with another dtype (fp32), seed or cfg"
-            )
-        if self._journal:
-            self._journal.append(_chunk_record(latents, self._planned_at()))
-        self._remember(latents)
+        with self._in_words():
+            rollout = self._caught_up()
+            latents = rollout.make(self.conditioning)[:, :, :left].cpu()
+        self.remember(latents, rollout.planned_at if rollout.caches[0].future else NO_PLAN)
         return True
 
-    def _remember(self, latents: Tensor) -> None:
+    def remember(self, latents_BCFHW: Tensor, planned_at: int = NO_PLAN) -> None:
+        """Take in the clean latents of the next chunk: made, given, or read from a journal.
+
+        `planned_at` is the chunk for which the keyframes it saw were planned. On any error
+        nothing has changed.
+        """
+        self._latents.append(latents_BCFHW)
+        try:
+            if self._log:
+                self._log.chunk(latents_BCFHW, planned_at)
+        except BaseException:
+            self._latents.drop_last()
+            raise
         self._firsts.append(self._made)
-        self._latents.append(latents)
-        self._made += latents.shape[2]
+        self._plans.append(planned_at)
+        self._made += latents_BCFHW.shape[2]
 
     def _caught_up(self) -> Rollout:
         """Return the rollout with the context passes of all remembered chunks behind it.
@@ -333,9 +379,9 @@ class VideoStream:
             cache.grow(self.cache_spec.past)
         while (index := rollout.chunk - self._base) < len(self._latents):
             conditioning = self._conditioning_at(index)
-            if rollout.chunk == self._replan_at:
+            # In a replay only the plan that is still in force has to be made again.
+            if rollout.chunk == self._plans[-1] != rollout.planned_at:
                 rollout.replan(conditioning)
-                self._replan_at = -1
             rollout.commit(self._latents[index], conditioning)
         return rollout
 
@@ -344,136 +390,20 @@ class VideoStream:
         caches = [KVCache(self.cache_spec, self.model.device) for _ in range(branches)]
         size = (self.height // SPATIAL, self.width // SPATIAL)
         rollout = Rollout(self.model.denoiser, caches, self.settings, size)
-        frozen = self._cache
-        if frozen is None:
-            return rollout
-        future = frozen.future if frozen.settings.guidance == self.settings.guidance else ()
-        skip = len(frozen.future) - len(future)
-        for cache, keys, values in zip(caches, frozen.keys, frozen.values, strict=True):
-            cache.fill(frozen.frames, future, keys[:, :, skip:], values[:, :, skip:])
-        rollout.chunk, rollout.frontier = frozen.chunk, frozen.frontier
-        rollout.planned_at = frozen.planned_at
+        if self._cache is not None:
+            self._cache.put_into(rollout)
         return rollout
 
-    # -- journal ---------------------------------------------------------------------------------
-
-    def keep_journal(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
-        """Write a journal from now on. `origin` (JSON) is for whoever resumes: where files lie."""
-        with self._lock:
-            first, *edits = self._versions
-            schedule, tensors = schedule_to_record(first[1])
-            header = {
-                "fingerprint": self.model.fingerprint,
-                "size": [self.width, self.height],
-                "fps": self.conditioner.fps,
-                "settings": settings_to_json(self.settings),
-                "schedule": schedule,
-                "cache": self._cache.content_id if self._cache else None,
-                "origin": dict(origin or {}),
-            }
-            journal = Journal.create(path, Record(START, header, tensors))
-            for index, latents in enumerate(self._latents):
-                for _, conditioning in (v for v in edits if v[0] == index):
-                    journal.append(_edit_record(conditioning))
-                last = index + 1 == len(self._latents)
-                journal.append(_chunk_record(latents, self._planned_at() if last else -1))
-            self._journal = journal
-
-    def close_journal(self) -> None:
-        """Stop writing the journal; the file stays."""
-        with self._lock:
-            if self._journal:
-                self._journal.close()
-            self._journal = None
-
-    @classmethod
-    def resume(
-        cls,
-        path: str | Path,
-        model: Model,
-        conditioner: Conditioner,
-        cache: FrozenCache | None = None,
-    ) -> VideoStream:
-        """Go on from a journal in a fresh process, and keep writing it.
-
-        Chunks in the journal are remembered, not sampled again; before the first new one their
-        context passes are replayed. `cache` is the one the stream had continued, if any. Raises
-        `ValueError` when journal, model and cache do not belong together.
-        """
-        journal, (start, *rest) = Journal.reopen(path)
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
         try:
-            stream = cls._from_start(path, start, model, conditioner, cache)
-            for record in rest:
-                stream._replay(record)
-        except (KeyError, TypeError) as error:
-            journal.close()
-            raise ValueError(f"journal {path} is damaged ({error}); begin anew") from error
-        except BaseException:
-            journal.close()
-            raise
-        stream._journal = journal
-        return stream
-
-    @classmethod
-    def _from_start(
-        cls, path: str | Path, start: Record, model: Model, conditioner: Conditioner,
-        cache: FrozenCache | None,
-    ) -> VideoStream:  # fmt: skip
-        header = start.header
-        if header["fingerprint"] != model.fingerprint:
-            raise ValueError(
-                f"journal {path} was made with another model: its weights are "
-                f"{header['fingerprint'][:8]}, these are {model.fingerprint[:8]}; load that model"
-            )
-        if header["cache"] != (cache.content_id if cache else None):
-            raise ValueError(
-                f"journal {path} goes on from a cache; give that one (--continue-from)"
-                if header["cache"]
-                else f"journal {path} does not go on from a cache; leave it out"
-            )
-        conditioner.fps = float(header["fps"])
-        conditioner.negative = start.tensors.get("negative", conditioner.negative)
-        schedule = schedule_from_record(header["schedule"], start.tensors, conditioner)
-        width, height = header["size"]
-        return cls(
-            model, conditioner, schedule, settings_from_json(header["settings"]),
-            width=width, height=height, cache=cache, version=header["schedule"]["version"],
-        )  # fmt: skip
-
-    def _replay(self, record: Record) -> None:
-        if record.kind == CHUNK:
-            self._remember(record.tensors["latents"])
-            self._replan_at = record.header["planned_at"]
-        elif record.kind == EDIT:
-            header = record.header["schedule"]
-            schedule = schedule_from_record(header, record.tensors, self.conditioner)
-            self._put_in_force(self.conditioner.prepare(schedule, header["version"]))
-
-    def _planned_at(self) -> int:
-        rollout = self._rollout
-        return rollout.planned_at if rollout and rollout.caches[0].future else -1
-
-
-def start_chunks(latents_BCFHW: Tensor, chunk: int) -> list[Tensor]:
-    """Split given latents into the pieces that get a context pass each.
-
-    Whole chunks where they fit (Self-Forcing's video extension), else the first latent frame, an
-    image, is a chunk of its own.
-    """
-    alone = latents_BCFHW.shape[2] % chunk
-    if alone == 0:
-        return list(latents_BCFHW.split(chunk, dim=2))
-    image, rest = latents_BCFHW[:, :, :1], latents_BCFHW[:, :, 1:]
-    return [image, *(rest.split(chunk, dim=2) if rest.shape[2] else ())]
-
-
-def _check_start(start: Tensor, batch: int, width: int, height: int) -> None:
-    expected = (batch, LATENT_CHANNELS, start.shape[2], height // SPATIAL, width // SPATIAL)
-    if start.shape != expected:
-        raise ValueError(
-            f"the start's latents are {tuple(start.shape)}, not {expected}; resize the start to "
-            f"{width}x{height}"
-        )
+            yield
+        except FloatingPointError as error:
+            seconds = max(0, self._made - 1) * TEMPORAL / self.conditioner.fps
+            raise GenerationError(
+                f"{error} at {seconds:g} s; what was made before is kept: go on with another "
+                "dtype (fp32), seed or cfg"
+            ) from error
 
 
 def _meet(conditioner: Conditioner, cache: FrozenCache) -> None:
@@ -484,12 +414,3 @@ def _meet(conditioner: Conditioner, cache: FrozenCache) -> None:
             conditioner.known.setdefault(brought.schedule.prompt(index), brought.texts[index])
     if conditioner.negative is None:
         conditioner.negative = brought.negative
-
-
-def _chunk_record(latents: Tensor, planned_at: int) -> Record:
-    return Record(CHUNK, {"planned_at": planned_at}, {"latents": latents})
-
-
-def _edit_record(conditioning: Conditioning) -> Record:
-    schedule, tensors = schedule_to_record(conditioning)
-    return Record(EDIT, {"schedule": schedule}, tensors)

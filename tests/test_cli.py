@@ -692,7 +692,7 @@ def test_the_estimated_cache_is_the_cache(bench: Bench, name: str) -> None:
     stream.chunk(1)
     assert stream.rollout is not None
     held = [t for c in stream.rollout.caches for t in (c.keys, c.rotated, c.values)]
-    stream.close_journal()
+    stream.close()
     assert made.past + made.future == sum(t.untyped_storage().nbytes() for t in held)
     assert (made.future > 0) == (stream.settings.keyframes > 0)
 
@@ -744,7 +744,7 @@ def test_settings_reach_the_stream(bench: Bench) -> None:
     options = ["--steps", "long.txt", "--window", "4", "--sink", "2", "--refresh", "2"]
     arguments = parser().parse_args(["generate", *bench.shelf.options, *SIZE, *options])
     stream = fresh(arguments).stream
-    stream.close_journal()
+    stream.close()
     settings = stream.settings
     assert (settings.policy.window, settings.policy.sink) == (4, 2)
     assert settings.guidance is not None and settings.guidance.refresh == 2

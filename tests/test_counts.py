@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sneakpeek_core.cache import KVCache
+from sneakpeek_core.denoiser import Denoiser
 from sneakpeek_core.guidance import FutureGuidance
 from sneakpeek_core.sampler import Rollout
 from sneakpeek_core.settings import SamplerSettings
@@ -23,6 +25,7 @@ from tests.small import GUIDANCE, settings, small_model, steps, stream
 
 CHUNKS, WARM = 200, 40
 GROWTH = 0.02  # of the process's memory
+SYNCS = ("_local_scalar_dense", "item", "nonzero")
 JOINT = FutureGuidance(mode="joint", strength=2.0)
 OPTIONS = {
     "plain": settings(guidance=None),
@@ -44,10 +47,26 @@ class Watch(TorchDispatchMode):
         self.joined = 0  # torch.cat on the cache
         self.written = 0  # in-place writes to the cache
         self.largest = 0  # bytes of the largest new tensor
+        self.inside = 0  # nested calls of a pass
+        self.waited = 0  # host syncs inside a pass
+
+    def passing(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `call`, noting that what happens in it happens inside a pass."""
+
+        def watched(*args: Any) -> Tensor:
+            self.inside += 1
+            try:
+                return call(*args)
+            finally:
+                self.inside -= 1
+
+        return watched
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.seen[name] += 1
+        if self.inside and name in SYNCS:
+            self.waited += 1
         given = list(chain.from_iterable(map(tensors_of, args)))
         if name == "cat":
             self.joined += any(self.is_cache(t) for t in given)
@@ -86,20 +105,24 @@ def running(options: SamplerSettings, chunks: int) -> tuple[Rollout, Any]:
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_a_chunk_copies_no_cache_and_never_waits(name: str):
-    """Planning, denoising and the context pass join nothing with the cache, never hand a value
-    to the host, and allocate nothing as large as one part of the cache."""
+    """Planning, denoising and the context pass join nothing with the cache and allocate nothing
+    as large as one part of it; no pass hands a value to the host. What a chunk, a plan or a
+    context pass gave is looked at once, behind its last pass (for NaN)."""
     rollout, conditioning = running(OPTIONS[name], 6)
     passes: list[int] = []
     rollout.before_pass = lambda: passes.append(1)
-    with Watch(rollout.caches) as watch:
+    watch = Watch(rollout.caches)
+    with watch, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Denoiser, "__call__", watch.passing(Denoiser.__call__))
         latents = rollout.make(conditioning)
         rollout.commit(latents, conditioning)
     assert len(passes) == (6 if name == "planned" else 3)
     assert watch.written > 0, "the watch does not see the cache"
     assert watch.seen["cat"] > 0
     assert watch.joined == 0
-    assert watch.seen["_local_scalar_dense"] == 0
-    assert watch.seen["item"] == watch.seen["nonzero"] == 0
+    assert watch.waited == 0
+    looks = 3 if name == "planned" else 2
+    assert sum(watch.seen[sync] for sync in SYNCS) == looks
     assert 0 < watch.largest < watch.limit
 
 
@@ -108,12 +131,15 @@ def test_the_watch_sees_what_it_looks_for():
     """A copy of the cache, a host sync and a large allocation would be noticed."""
     rollout, _ = running(OPTIONS["plain"], 1)
     cache = rollout.caches[0]
-    with Watch(rollout.caches) as watch:
+    watch = Watch(rollout.caches)
+    with watch:
+        watch.passing(lambda: torch.full((1,), cache.keys[0, 0, 0, 0, 0, 0].item()))()
         torch.cat([cache.values[0, :, :2], cache.values[0, :, 3:]], dim=1)
         cache.keys[0, 0, 0, 0, 0, 0].item()
         cache.keys.clone()
     assert watch.joined == 1
-    assert watch.seen["_local_scalar_dense"] == 1
+    assert watch.seen["_local_scalar_dense"] == 2
+    assert watch.waited == 1
     assert watch.largest >= watch.limit
 
 

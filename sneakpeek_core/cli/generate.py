@@ -69,7 +69,7 @@ def _finish(job: Job, sheet: StepSheet) -> None:
         _say(f"contact sheet: {job.contact_sheet}")
     if not job.writer.close(job.metadata()):
         raise OSError(f"{job.writer.path} could not be finished")
-    job.stream.close_journal()
+    job.stream.close()
     job.journal.unlink(missing_ok=True)
     seconds = job.writer.frames / job.stream.conditioner.fps
     _say(f"video: {job.writer.path}, {job.writer.frames} frames, {seconds:.2f} s")
@@ -79,7 +79,7 @@ def _leave(job: Job, *, freeze: bool) -> None:
     """Close a video that is not finished, and say what there is of it and how to go on."""
     job.writer.abort()
     if not len(job.stream):
-        job.stream.close_journal()
+        job.stream.close()
         job.journal.unlink(missing_ok=True)
         return
     seconds = frames_of(job.stream.made) / job.stream.conditioner.fps
@@ -93,7 +93,7 @@ def _leave(job: Job, *, freeze: bool) -> None:
         with contextlib.suppress(Exception):  # out of memory, disk full: the journal still holds
             job.stream.freeze().save(job.save_cache)
             _say(f"cache: {job.save_cache}")
-    job.stream.close_journal()
+    job.stream.close()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from ..estimate import check_cache_fits, free_bytes
 from ..frozen import FrozenCache
 from ..journal import read as read_journal
 from ..mp4 import probe
+from ..recording import keep_journal, resume
 from ..records import settings_to_json
 from ..schedule import Schedule
 from ..stream import VideoStream
@@ -106,7 +107,7 @@ def fresh(options: argparse.Namespace) -> Job:
             parts.model, conditioner, order.schedule, order.settings,
             width=order.size[0], height=order.size[1], start=start,
         )  # fmt: skip
-    stream.keep_journal(journal_of(writer.path), _origin(options))
+    keep_journal(stream, journal_of(writer.path), _origin(options))
     return _job(stream, parts, writer, order.cache, options)
 
 
@@ -125,11 +126,11 @@ def resumed(options: argparse.Namespace) -> Job:
     )
     cache = FrozenCache.load(options.continue_from) if options.continue_from else None
     conditioner = conditioner_for(parts, parts.preset.fps, SMALL_SIZE, None)
-    stream = VideoStream.resume(journal, parts.model, conditioner, cache)
+    stream = resume(journal, parts.model, conditioner, cache)
     try:
         writer = _writer(options, (stream.width, stream.height), conditioner.fps)
     except BaseException:
-        stream.close_journal()
+        stream.close()
         raise
     job = _job(stream, parts, writer, cache, options)
     job.resumes = True
