@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from .conditioning import Conditioner, Conditioning
 from .frozen import FrozenCache
 from .journal import Journal
@@ -18,7 +16,7 @@ from .records import (
     settings_from_json,
     settings_to_json,
 )
-from .stream import History, Model, VideoStream
+from .stream import History, Model, Remembered, VideoStream
 
 START, CHUNK, EDIT = "journal-start", "journal-chunk", "journal-edit"
 
@@ -29,8 +27,9 @@ class JournalLog:
     def __init__(self, journal: Journal):
         self._journal = journal
 
-    def chunk(self, latents_BCFHW: Tensor, planned_at: int) -> None:
-        self._journal.append(Record(CHUNK, {"planned_at": planned_at}, {"latents": latents_BCFHW}))
+    def chunk(self, remembered: Remembered) -> None:
+        header = {"number": remembered.number, "planned_at": remembered.planned_at}
+        self._journal.append(Record(CHUNK, header, {"latents": remembered.latents_BCFHW}))
 
     def edit(self, conditioning: Conditioning) -> None:
         schedule, tensors = schedule_to_record(conditioning)
@@ -66,7 +65,7 @@ def keep_journal(
             if isinstance(event, Conditioning):
                 log.edit(event)
             else:
-                log.chunk(*event)
+                log.chunk(event)
         return log
 
     stream.attach(begin)
@@ -129,6 +128,8 @@ def _begun(
 
 
 def _replay(stream: VideoStream, record: Record) -> None:
+    if record.kind == CHUNK and record.header["number"] < len(stream):
+        return  # written twice: an interrupt came between writing and remembering
     if record.kind == CHUNK:
         stream.remember(record.tensors["latents"], record.header["planned_at"])
     elif record.kind == EDIT:

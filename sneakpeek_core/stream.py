@@ -41,7 +41,7 @@ class GenerationError(RuntimeError):
 class StreamLog(Protocol):
     """Whatever keeps a stream's history as it happens. A call that raises must change nothing."""
 
-    def chunk(self, latents_BCFHW: Tensor, planned_at: int) -> None: ...
+    def chunk(self, remembered: Remembered) -> None: ...
 
     def edit(self, conditioning: Conditioning) -> None: ...
 
@@ -51,11 +51,18 @@ class StreamLog(Protocol):
 class Remembered(NamedTuple):
     """One chunk of a stream's history."""
 
+    number: int
     latents_BCFHW: Tensor
-    planned_at: int
+    planned_at: int  # the chunk for which the keyframes it saw were planned, or NO_PLAN
 
 
 History = Sequence[Conditioning | Remembered]  # the first conditioning, then chunks and edits
+
+
+class _Entry(NamedTuple):
+    first: int  # latent frame
+    end: int
+    planned_at: int
 
 
 class Chunk(NamedTuple):
@@ -127,10 +134,9 @@ class VideoStream:
         self.landed: list[dict[str, Any]] = []  # edits that took effect, as they are recorded
         self._cache = cache
         self._base = cache.chunk if cache else 0  # chunks before this stream's own
-        self._first = self._made = cache.frontier if cache else 0  # latent frames likewise
+        self._first = cache.frontier if cache else 0  # latent frames likewise
         self._latents = LatentStore()
-        self._firsts: list[int] = []  # of every remembered chunk, its first latent frame
-        self._plans: list[int] = []  # and the chunk its keyframes were planned for
+        self._remembered: list[_Entry] = []  # the chunks there are: all else follows from it
         # (first chunk made under it, conditioning)
         self._versions: list[tuple[int, Conditioning]] = [(0, conditioning)]
         self._edits: deque[Edit] = deque()
@@ -176,7 +182,7 @@ class VideoStream:
     @property
     def made(self) -> int:
         """Latent frames the video has so far, those before a continued cache included."""
-        return self._made
+        return self._remembered[-1].end if self._remembered else self._first
 
     @property
     def first(self) -> int:
@@ -226,7 +232,7 @@ class VideoStream:
 
     def __len__(self) -> int:
         """Chunks remembered so far."""
-        return len(self._latents)
+        return len(self._remembered)
 
     def chunk(self, index: int) -> Chunk | None:
         """Return a chunk, sampling up to it where needed; None behind the end.
@@ -234,10 +240,10 @@ class VideoStream:
         Safe to call from several threads, and again after any exception.
         """
         with self._lock:
-            while len(self._latents) <= index:
+            while len(self) <= index:
                 if not self._advance():
                     return None
-            first = self._firsts[index]
+            first = self._remembered[index].first
             conditioning = self._conditioning_at(index)
             step = conditioning.timeline.step_of(first)
             text = conditioning.schedule.steps[step].text
@@ -249,7 +255,7 @@ class VideoStream:
         with self._lock, self._in_words():
             rollout = self._caught_up()
             parts = [cache.contents() for cache in rollout.caches]
-            count = len(self._latents)
+            count = len(self)
             own = [self._latents[i] for i in range(max(0, count - WARM_LATENTS), count)]
             size = (self.height // SPATIAL, self.width // SPATIAL)
             none = torch.empty(len(self.settings.seeds), LATENT_CHANNELS, 0, *size)
@@ -278,7 +284,7 @@ class VideoStream:
         Raises `ValueError` at once for what cannot be: a change to a finished step, an end that
         has passed. The stream may have moved on when the edit lands: then it is refused there.
         """
-        check_edit(self.schedule, schedule, self.conditioner.fps, self._made)
+        check_edit(self.schedule, schedule, self.conditioner.fps, self.made)
         edit = Edit(schedule)
         self._edits.append(edit)
         return edit
@@ -287,27 +293,27 @@ class VideoStream:
         while self._edits:
             edit = self._edits[0]
             try:
-                check_edit(self.schedule, edit.schedule, self.conditioner.fps, self._made)
+                check_edit(self.schedule, edit.schedule, self.conditioner.fps, self.made)
                 version = self.conditioning.version + 1
                 conditioning = self.conditioner.prepare(edit.schedule, version)
                 self.settings.check_length(conditioning.timeline.latent_frames)
             except ValueError as error:
                 self._edits.popleft()
-                edit.settle("refused", self._made, str(error))
+                edit.settle("refused", self.made, str(error))
                 continue
             if self._log:
                 self._log.edit(conditioning)
             self.put_in_force(conditioning)
             self._edits.popleft()
-            edit.settle("landed", self._made)
+            edit.settle("landed", self.made)
 
     def put_in_force(self, conditioning: Conditioning) -> None:
         """Let a new version of the schedule hold from the next chunk on (already checked)."""
-        self._versions.append((len(self._latents), conditioning))
+        self._versions.append((len(self), conditioning))
         self.landed.append(
             {
-                "latent_frame": self._made,
-                "seconds": max(0, self._made - 1) * TEMPORAL / self.conditioner.fps,
+                "latent_frame": self.made,
+                "seconds": max(0, self.made - 1) * TEMPORAL / self.conditioner.fps,
                 "steps": conditioning.schedule.to_text(),
             }
         )
@@ -323,10 +329,11 @@ class VideoStream:
         with self._lock:
             (_, conditioning), *edits = self._versions
             history: list[Conditioning | Remembered] = [conditioning]
-            for index in range(len(self._latents) + 1):
+            for index in range(len(self) + 1):
                 history += [edit for first, edit in edits if first == index]
-                if index < len(self._latents):
-                    history.append(Remembered(self._latents[index], self._plans[index]))
+                if index < len(self):
+                    planned_at = self._remembered[index].planned_at
+                    history.append(Remembered(index, self._latents[index], planned_at))
             self._log = begin(history)
 
     def close(self) -> None:
@@ -342,7 +349,7 @@ class VideoStream:
     def _advance(self) -> bool:
         """Make one more chunk; False when the schedule is finished."""
         self._land_edits()
-        left = self.timeline.latent_frames - self._made
+        left = self.timeline.latent_frames - self.made
         if left <= 0:
             return False
         with self._in_words():
@@ -354,19 +361,16 @@ class VideoStream:
     def remember(self, latents_BCFHW: Tensor, planned_at: int = NO_PLAN) -> None:
         """Take in the clean latents of the next chunk: made, given, or read from a journal.
 
-        `planned_at` is the chunk for which the keyframes it saw were planned. On any error
-        nothing has changed.
+        `planned_at` is the chunk for which the keyframes it saw were planned. The last line
+        settles it: up to there nothing has changed, whatever is raised.
         """
-        self._latents.append(latents_BCFHW)
-        try:
-            if self._log:
-                self._log.chunk(latents_BCFHW, planned_at)
-        except BaseException:
+        while len(self._latents) > len(self):  # left by an interrupt
             self._latents.drop_last()
-            raise
-        self._firsts.append(self._made)
-        self._plans.append(planned_at)
-        self._made += latents_BCFHW.shape[2]
+        self._latents.append(latents_BCFHW)
+        if self._log:
+            self._log.chunk(Remembered(len(self), latents_BCFHW, planned_at))
+        end = self.made + latents_BCFHW.shape[2]
+        self._remembered.append(_Entry(self.made, end, planned_at))
 
     def _caught_up(self) -> Rollout:
         """Return the rollout with the context passes of all remembered chunks behind it.
@@ -377,10 +381,10 @@ class VideoStream:
         rollout.before_pass = lambda: self.before_pass()
         for cache in rollout.caches:
             cache.grow(self.cache_spec.past)
-        while (index := rollout.chunk - self._base) < len(self._latents):
+        while (index := rollout.chunk - self._base) < len(self):
             conditioning = self._conditioning_at(index)
             # In a replay only the plan that is still in force has to be made again.
-            if rollout.chunk == self._plans[-1] != rollout.planned_at:
+            if rollout.chunk == self._remembered[-1].planned_at != rollout.planned_at:
                 rollout.replan(conditioning)
             rollout.commit(self._latents[index], conditioning)
         return rollout
@@ -399,7 +403,7 @@ class VideoStream:
         try:
             yield
         except FloatingPointError as error:
-            seconds = max(0, self._made - 1) * TEMPORAL / self.conditioner.fps
+            seconds = max(0, self.made - 1) * TEMPORAL / self.conditioner.fps
             raise GenerationError(
                 f"{error} at {seconds:g} s; what was made before is kept: go on with another "
                 "dtype (fp32), seed or cfg"
