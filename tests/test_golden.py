@@ -23,6 +23,7 @@ from sneakpeek_core.sampler import Rollout
 from sneakpeek_core.schedule import Schedule, Step, Timeline
 from sneakpeek_core.settings import SamplerSettings
 from sneakpeek_core.shapes import PATCH
+from sneakpeek_core.start import start_chunks
 
 FOLDER = Path(os.environ.get("SNEAKPEEK_GOLDEN") or Path(__file__).parent / "data/self_forcing")
 WEIGHTS = FOLDER / "weights.safetensors"
@@ -47,9 +48,9 @@ def test_golden_case(path: Path):
 
     parts = []
     if "initial_latent" in tensors:
-        start = tensors["initial_latent"].transpose(1, 2)
-        rollout.commit(start, conditioning)
-        parts.append(start)
+        for start in given_chunks(config, tensors):
+            rollout.commit(start, conditioning)
+            parts.append(start)
     while rollout.frontier < expected.shape[2]:
         latents = rollout.make(conditioning)
         rollout.commit(latents, conditioning)
@@ -90,17 +91,24 @@ def rollout_of(config: dict, tensors: dict) -> tuple[Rollout, Conditioning]:
         texts=(tensors["context"],),
         goals=(None,),
     )
-    noise = recorded_noise(config, tensors, given=config["init_frames"])
+    noise = recorded_noise(config, tensors, given=len(given_chunks(config, tensors)))
     return Rollout(denoiser, [cache], settings, (height, width), noise=noise), conditioning
 
 
+def given_chunks(config: dict, tensors: dict) -> list[torch.Tensor]:
+    """Return the given latents in the pieces that the reference ran a context pass over."""
+    if "initial_latent" not in tensors:
+        return []
+    return start_chunks(tensors["initial_latent"].transpose(1, 2), config["chunk"])
+
+
 def recorded_noise(config: dict, tensors: dict, given: int):
-    """Hand out the reference's own noise in the order it was drawn."""
+    """Hand out the reference's own noise in the order it was drawn, behind `given` chunks."""
     passes, chunk = len(tensors["timesteps"]), config["chunk"]
 
     def draw(kind, index, step, shape):
         assert kind == "chunk"
-        number = index - (1 if given else 0)  # the given latents were one context pass
+        number = index - given
         if step == 0:
             drawn = tensors["noise"][:, number * chunk : (number + 1) * chunk]
         else:
