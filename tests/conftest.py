@@ -1,12 +1,43 @@
-"""Shared by all tests: one thread, since two spin against each other on a busy machine."""
+"""Shared by all tests: one thread, since two spin against each other on a busy machine.
+
+`shelf` and `bench` are for the tests of the command line.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
+
+# What these assert fails with values, as it does in the tests themselves.
+pytest.register_assert_rewrite(
+    "tests.bad_input",
+    "tests.command_line",
+    "tests.driven_cache",
+    "tests.interrupts",
+    "tests.moving_picture",
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory):
+    """A model, its VAE and its text encoder, as files."""
+    from tests.command_line import make_shelf
+
+    return make_shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf):
+    """A working folder with steps to make, beside the shelf."""
+    from tests.command_line import make_bench
+
+    monkeypatch.chdir(tmp_path)
+    return make_bench(tmp_path, shelf)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ from sneakpeek_core.stream import Model, VideoStream
 
 TEXT_DIM = 32
 SIZE = 32  # pixels: a latent of 4x4, 4 tokens a latent frame
+CELLS = SIZE // 8  # latent cells each way
 CONFIG = ModelConfig(dim=128, ffn_dim=256, layers=2, text_dim=TEXT_DIM, text_len=8)
 SIGMAS = (1.0, 0.8, 0.0)
 GUIDANCE = FutureGuidance()
+JOINT = replace(GUIDANCE, mode="joint")
 RELATIVE = CachePolicy(sink=1, window=6, positions="relative")
+THREE = ("[1s] lift it", "[1s] turn it", "[1s] put it down")  # 5, 9 and 13 latent frames
 
 
 def steps(*seconds_and_texts: str) -> Schedule:
@@ -46,6 +50,12 @@ def small_model(seed: int = 0, config: ModelConfig = CONFIG, **options) -> Model
     return Model(denoiser=denoiser, fingerprint=weights_fingerprint(tree.state_dict()))
 
 
+@cache
+def model() -> Model:
+    """The small model, made once."""
+    return small_model()
+
+
 def settings(**changes) -> SamplerSettings:
     base = SamplerSettings(sigmas=SIGMAS, chunk=2, policy=RELATIVE, guidance=GUIDANCE)
     return replace(base, **changes)
@@ -62,6 +72,10 @@ def negative() -> Tensor:
 def start(frames: int = 1, batch: int = 1, size: int = SIZE) -> Tensor:
     rng = torch.Generator().manual_seed(9)
     return torch.randn(batch, 16, frames, size // 8, size // 8, generator=rng)
+
+
+def goal(seed: int) -> Tensor:
+    return torch.randn(1, 16, 1, CELLS, CELLS, generator=torch.Generator().manual_seed(seed))
 
 
 def stream(

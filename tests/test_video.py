@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import logging
 import os
 import subprocess
@@ -12,76 +11,17 @@ import sys
 import textwrap
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
-from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from torch import Tensor
 
 from sneakpeek_core import video
 from sneakpeek_core.mp4 import probe, remux_fast_start
-from sneakpeek_core.video import (
-    CODECS,
-    VideoWriter,
-    available_codecs,
-    to_uint8,
-)
-
-WIDTH, HEIGHT = 96, 64
-
-
-def moving(frames: int, width: int = WIDTH, height: int = HEIGHT) -> Tensor:
-    """A smooth picture that moves, float FHWC in [0, 1]."""
-    f, y, x = torch.meshgrid(
-        torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij"
-    )
-    waves = (x / 17 + f / 3, y / 13 - f / 5, (x + y) / 23 + f / 4)
-    return torch.stack([0.5 + 0.4 * wave.sin() for wave in waves], dim=-1)
-
-
-def decoded(path: Path) -> tuple[np.ndarray, list[int], list[bool], set[str]]:
-    """Return frames FHWC uint8, pts, key flags and picture types."""
-    reformatter, frames, pts, keys, kinds = VideoReformatter(), [], [], [], set()
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            picture = reformatter.reformat(
-                frame,
-                format="rgb24",
-                src_colorspace=Colorspace.ITU709,
-                dst_colorspace=Colorspace.ITU709,
-                src_color_range=ColorRange.MPEG,
-                dst_color_range=ColorRange.JPEG,
-            )
-            frames.append(picture.to_ndarray())
-            pts.append(frame.pts)
-            keys.append(frame.key_frame)
-            kinds.add(PictureType(frame.pict_type).name)
-            assert (int(frame.colorspace), int(frame.color_range)) == (1, 1)
-    return np.stack(frames), pts, keys, kinds
-
-
-def psnr(a: np.ndarray, b: Tensor) -> float:
-    error = a.astype(np.float64) - to_uint8(b).numpy()
-    return float(10 * np.log10(255**2 / np.square(error).mean()))
-
-
-def writer(path: Path, **options: Any) -> VideoWriter:
-    settings: dict[str, Any] = {"width": WIDTH, "height": HEIGHT, "fps": 16}
-    return VideoWriter(path, **(settings | options))
-
-
-def write_chunks(path: Path, chunks: list[int], **options) -> Tensor:
-    """Write chunks of the given lengths, leave the file fragmented, return its frames."""
-    frames = moving(sum(chunks))
-    stream = writer(path, **options)
-    for chunk in frames.split(chunks):
-        stream.write(chunk)
-    stream.abort()
-    return frames
+from sneakpeek_core.video import CODECS, VideoWriter, available_codecs, to_uint8
+from tests.moving_picture import HEIGHT, WIDTH, decoded, moving, psnr, write_chunks, writer
 
 
 @pytest.mark.parametrize("codec", available_codecs())
@@ -336,54 +276,6 @@ def test_a_killed_process_leaves_every_announced_frame(tmp_path: Path) -> None:
     assert probe(path).metadata == {"sneakpeek": "rescued"}
 
 
-def test_a_torn_file_keeps_its_whole_fragments(tmp_path: Path) -> None:
-    """Cut anywhere in the last chunk, the file still reads and remuxes to all chunks before."""
-    path, torn = tmp_path / "a.mp4", tmp_path / "torn.mp4"
-    frames = moving(12)
-    stream = writer(path)
-    for chunk in frames[:8].split(4):
-        stream.write(chunk)
-    whole = path.stat().st_size
-    stream.write(frames[8:])
-    stream.abort()
-    content = path.read_bytes()
-    hidden = content[: whole + 4] + b"free" + content[whole + 8 :]
-    for cut in [*range(whole, whole + 170), *range(whole + 170, len(content), 300)]:
-        torn.write_bytes(hidden[:cut])  # what a killed write leaves
-        with av.open(str(torn)) as container:  # as a player that knows nothing of this
-            assert sum(packet.size > 0 for packet in container.demux(video=0)) == 8, cut
-        for rest in (hidden, content):  # the second is what a cut copy of the file looks like
-            torn.write_bytes(rest[:cut])
-            assert probe(torn).frames == 8, cut
-        if cut % 10 == 0:
-            remux_fast_start(torn)
-            assert probe(torn).frames == 8, cut
-    remux_fast_start(torn)
-    assert psnr(decoded(torn)[0], frames[:8]) > 35
-
-
-def test_close_gives_a_fast_start_file_with_metadata(tmp_path: Path) -> None:
-    """Non-ASCII and 200 kB tags survive; no packet is re-encoded; a second remux adds nothing."""
-    path = tmp_path / "ünï 日本 %d.mp4"
-    prompt = json.dumps(
-        {"text": "crème brûlée 🍮 日本語", "pad": "x" * 200_000}, ensure_ascii=False
-    )
-    tags = {"prompt": prompt, "workflow": "{}", "sneakpeek": "é", "comment": "with; odd=chars\n#"}
-    stream = writer(path)
-    for chunk in moving(13).split([1, 6, 6]):
-        stream.write(chunk)
-    fragmented = decoded(path)[0]
-    assert stream.close(tags) is True and stream.close() is False
-    assert probe(path).metadata == tags
-    content = path.read_bytes()
-    assert content.index(b"moov") < content.index(b"mdat") and b"moof" not in content
-    assert np.array_equal(decoded(path)[0], fragmented)
-    remux_fast_start(path)
-    assert path.read_bytes() == content
-    remux_fast_start(path, {"sneakpeek": "new"})
-    assert probe(path).metadata == tags | {"sneakpeek": "new"}
-
-
 def test_leaving_by_an_exception_keeps_the_chunks(tmp_path: Path) -> None:
     """An exception through the with block aborts: playable, not remuxed; nothing without chunks."""
     with pytest.raises(Stop), writer(tmp_path / "a.mp4") as stream:
@@ -462,16 +354,6 @@ def test_bad_chunks_are_refused(tmp_path: Path, frames: Tensor) -> None:
     with pytest.raises(ValueError, match="a chunk"):
         writer(tmp_path / "a.mp4").write(frames)
     assert not list(tmp_path.iterdir())
-
-
-def test_probe_refuses_what_is_no_video(tmp_path: Path) -> None:
-    """Missing, empty and other files get a ValueError with their name."""
-    for name, content in (("a.mp4", b""), ("b.mp4", b"hello" * 100)):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name):
-            probe(tmp_path / name)
-    with pytest.raises(ValueError, match="is not a file"):
-        probe(tmp_path / "c.mp4")
 
 
 def test_to_uint8_clamps_and_rounds() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import struct
 from pathlib import Path
 
 import pytest
@@ -19,10 +17,8 @@ from sneakpeek_core.model.config import ModelConfig
 from sneakpeek_core.model.inspect import describe
 from sneakpeek_core.model.recognise import recognise
 from sneakpeek_core.model.rope import rope_for, rotate
-from sneakpeek_core.model.transformer import WanTransformer
 from sneakpeek_core.model.weights import (
     KIND,
-    config_from_shapes,
     load_transformer,
     load_vae,
     random_transformer,
@@ -31,38 +27,14 @@ from sneakpeek_core.model.weights import (
     save_model,
     weights_fingerprint,
 )
+from tests.weight_files import SMALL, UNSUPPORTED, shapes_of, write_header
 
 GOLDEN = Path(__file__).parent / "data/self_forcing/weights.safetensors"
-SMALL = ModelConfig(dim=128, ffn_dim=32, layers=2, text_dim=8)
-Shapes = dict[str, tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
     return random_transformer(SMALL, seed=0).state_dict()
-
-
-def shapes_of(tensors: dict[str, Tensor]) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def write_header(path: Path, shapes: Shapes, dtype: str = "BF16", **metadata: str) -> Path:
-    """Write a safetensors file of huge tensors as a sparse file: header on disk, data a hole."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + torch.Size(shape).numel() * 2
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return path
-
-
-def wan_shapes(config: ModelConfig) -> Shapes:
-    with torch.device("meta"):
-        return shapes_of(WanTransformer(config).state_dict())
 
 
 # -- wrapping and nesting
@@ -151,70 +123,21 @@ def test_the_golden_weights_load():
     assert model.preset.name == "self_forcing" and "default" in model.preset.recognised_by
 
 
-# -- recognising
+def test_choosing_stops_at_a_bounded_depth():
+    tree: dict = {"w": torch.ones(1)}
+    for _ in range(10):
+        tree = {"state_dict": tree}
+    assert choose(tree) == ({}, "state_dict/state_dict/state_dict/state_dict")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        ModelConfig(dim=1536, ffn_dim=8960, layers=30),
-        ModelConfig(dim=5120, ffn_dim=13824, layers=40),
-    ],
-    ids=["1.3B", "14B"],
-)
-def test_released_sizes_are_read_from_a_header_alone(config: ModelConfig, tmp_path: Path):
-    shapes = {f"model.{name}": shape for name, shape in wan_shapes(config).items()}
-    found = describe(write_header(tmp_path / "krea-realtime-video-14b.safetensors", shapes))
-    assert (found.kind, found.streamable) == ("transformer", True)
-    assert found.preset and found.preset.name == "krea_14b"
-    assert f"width {config.dim}, {config.layers} layers, {config.heads} heads" in found.sizes
-    assert (found.dtypes, found.wrappers) == (("BF16",), ("model.",))
-    assert config_from_shapes({bare_name(n): s for n, s in shapes.items()}) == config
+def test_a_checkpoint_says_what_was_removed(state: dict[str, Tensor], tmp_path: Path):
+    torch.save({"generator": {f"model.{n}": t for n, t in state.items()}}, tmp_path / "a.pt")
+    checkpoint = read_checkpoint(tmp_path / "a.pt")
+    assert (checkpoint.source, checkpoint.wrappers) == ("generator", ("model.",))
+    assert recognise(shapes_of(checkpoint.tensors)).problem == ""
 
 
-def with_patch(shapes: Shapes, channels: int, out: int = 64, dim: int = 128) -> Shapes:
-    head = {"head.head.weight": (out, dim)}
-    return {**shapes, "patch_embedding.weight": (dim, channels, 1, 2, 2), **head}
-
-
-WAN = wan_shapes(SMALL)
-UNSUPPORTED: dict[str, tuple[Shapes, str]] = {
-    "clip": ({**WAN, "img_emb.proj.0.bias": (4,)}, "image-to-video.*CLIP image features"),
-    "k_img": ({**WAN, "blocks.0.cross_attn.k_img.weight": (4, 4)}, "image-to-video"),
-    "i2v": (with_patch(WAN, 36), "image-to-video.*36 input channels"),
-    "5b": (with_patch(WAN, 48, 192), "Wan 2.2 TI2V 5B.*48 channels"),
-    "control": (with_patch(WAN, 48), "control.*48 input channels"),
-    "vace": ({**WAN, "vace_blocks.0.ffn.0.weight": (4, 4)}, "VACE"),
-    "lora": ({"blocks.0.self_attn.q.lora_A.weight": (4, 4)}, "this is a LoRA: give it with"),
-    "peft": ({"base_model.model.blocks.0.ffn.0.lora_B.default.weight": (4, 4)}, "LoRA"),
-    "kohya": ({"lora_unet_blocks_0_ffn_0.lora_down.weight": (4, 4)}, "LoRA"),
-    "vae": ({"encoder.conv1.weight": (8, 3, 3, 3, 3), "decoder.conv1.weight": (32, 16, 3, 3, 3),
-             "conv2.weight": (16, 16, 1, 1, 1)}, "a Wan 2.1 VAE"),
-    "vae22": ({"encoder.conv1.weight": (8,), "decoder.conv1.weight": (32,),
-               "conv2.weight": (48, 48, 1, 1, 1)}, "the Wan 2.2 VAE.*48 channels"),
-    "umt5": ({"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 4)},
-             "T5 text encoder.*as the text encoder"),
-    "wan t5": ({"token_embedding.weight": (9, 4), "blocks.0.attn.q.weight": (4, 4)}, "UMT5"),
-    "diffusers": ({"blocks.0.attn1.to_q.weight": (4, 4)}, "diffusers layout.*ComfyUI loads"),
-    "hybrid": ({**WAN, "blocks.0.self_attn.linear_proj.weight": (4, 4)}, "Hybrid Forcing"),
-    "scaled": ({**WAN, "blocks.0.ffn.0.scale_weight": ()}, "scaled fp8.*Load Diffusion Model"),
-    "width": (with_patch(WAN, 16, dim=192), "width 192 is not a multiple of 128"),
-    "part": ({"blocks.7.self_attn.q.weight": (4, 4)}, "one part of a split transformer"),
-    "clip vision": ({"vision_model.encoder.x": (4,)}, "CLIP vision"),
-    "layers": ({**WAN, **{f"blocks.{i}.x": () for i in range(300)}}, "300 blocks"),
-    "unknown": ({"something.weight": (4,)}, "no known kind of weights"),
-    "nothing": ({}, "no known kind of weights"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_other_kinds_of_weights_are_refused_by_what_they_look_like(case: str, tmp_path: Path):
-    shapes, words = UNSUPPORTED[case]
-    with pytest.raises(ValueError, match=words):
-        config_from_shapes(shapes)
-    found = describe(write_header(tmp_path / "a.safetensors", shapes))
-    assert not found.streamable and found.problem
-    assert str(found).startswith("file ")
+# -- files that are not what they should be
 
 
 def test_incomplete_and_foreign_tensors_are_listed(state: dict[str, Tensor], tmp_path: Path):
@@ -237,9 +160,6 @@ def test_integer_weights_are_refused(state: dict[str, Tensor], tmp_path: Path):
         load_transformer(tmp_path / "a.safetensors")
 
 
-# -- files that are not what they should be
-
-
 class RunsCode:
     def __init__(self, marker: Path):
         self.marker = marker
@@ -258,63 +178,6 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
     with pytest.raises(ValueError, match="before 2020"):
         read_tensors(tmp_path / "b.pt")
     assert not (tmp_path / "ran").exists()
-
-
-def bad_file(folder: Path, case: str) -> Path:
-    """Write a file that cannot be read as weights."""
-    path = folder / "a.safetensors"
-    save_file({"w": torch.ones(100)}, path)
-    whole = path.read_bytes()
-    if case == "torch cut off":
-        torch.save({"w": torch.ones(1000)}, path)
-        path.write_bytes(path.read_bytes()[:2000])
-        return path
-    damaged = b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'
-    path.write_bytes({
-        "empty": b"",
-        "cut off": whole[:-40],
-        "cut off in header": whole[:20],
-        "huge header": struct.pack("<Q", 2**62) + b"{}",
-        "damaged header": struct.pack("<Q", 4) + b"{{{{",
-        "nested header": struct.pack("<Q", 200_000) + b'{"a":' + b"[" * 199_995,
-        "shape beyond bytes": struct.pack("<Q", len(damaged)) + damaged + bytes(4),
-        "web page": b"\n<!DOCTYPE html><html>sign in</html>",
-        "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-        "gguf": b"GGUF\x03\0\0\0" + bytes(60),
-        "picture": b"\x89PNG\r\n\x1a\n" + bytes(60),
-        "zip": b"PK\x03\x04" + bytes(60),
-    }[case])  # fmt: skip
-    return path
-
-
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("empty", "is empty; download"),
-        ("cut off", "is cut off: 40 bytes are missing; download"),
-        ("cut off in header", "cut off inside its header"),
-        ("huge header", "cut off inside its header"),
-        ("damaged header", "damaged safetensors header"),
-        ("nested header", "damaged safetensors header"),
-        ("shape beyond bytes", "damaged safetensors header"),
-        ("web page", "is a web page, not weights"),
-        ("lfs", "git lfs pull"),
-        ("gguf", "is a GGUF file"),
-        ("picture", "neither safetensors nor a torch file"),
-        ("torch cut off", "is cut off or damaged"),
-        ("zip", "is cut off or damaged"),
-    ],
-)
-def test_broken_files_are_refused_in_a_sentence_and_still_described(
-    case: str, words: str, tmp_path: Path
-):
-    path = bad_file(tmp_path, case)
-    with pytest.raises(ValueError, match=words) as error:
-        read_tensors(path)
-    assert str(error.value).startswith("a.safetensors ") and "\n" not in str(error.value)
-    found = describe(path)
-    assert (found.kind, found.streamable) == ("unknown", False)
-    assert found.bytes == path.stat().st_size and words.split(";")[0] in found.problem
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path):
@@ -338,48 +201,6 @@ def test_torch_files_without_named_tensors_are_refused(tmp_path: Path):
     torch.save({"step": 3}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match="holds no tensors"):
         read_tensors(tmp_path / "b.pt")
-
-
-# -- describing
-
-
-def test_a_torch_checkpoint_is_described(state: dict[str, Tensor], tmp_path: Path):
-    wrapped = {f"model._fsdp_wrapped_module.{n}": t.half() for n, t in state.items()}
-    torch.save({"generator_ema": wrapped}, tmp_path / "self_forcing_dmd.pt")
-    found = describe(tmp_path / "self_forcing_dmd.pt")
-    assert (found.streamable, found.source) == (True, "generator_ema")
-    assert found.preset and found.preset.name == "self_forcing"
-    assert found.wrappers == ("_fsdp_wrapped_module.", "model.")
-    assert found.dtypes == ("F16",)
-    assert found.parameters == sum(t.numel() for t in state.values())
-    assert "(by its file name, self_forcing_dmd.pt)" in str(found)
-
-
-@pytest.mark.parametrize(
-    ("kind", "shown"), [("cache", "cache"), ("journal-1", "journal"), ("text_encoder", "text enc")]
-)
-def test_our_own_kinds_are_told_by_their_metadata(kind: str, shown: str, tmp_path: Path):
-    save_model(tmp_path / "a.safetensors", {"w": torch.ones(1)}, {KIND: kind, "note": "a\x1b[2Jb"})
-    found = describe(tmp_path / "a.safetensors")
-    assert found.kind.startswith(shown) and not found.streamable
-    assert "\x1b" not in str(found) and "a [2Jb" in str(found)
-
-
-def test_families_that_need_another_loop_are_not_streamable(
-    state: dict[str, Tensor], tmp_path: Path
-):
-    torch.save({"generator_ema": state}, tmp_path / "rolling_forcing_dmd.pt")
-    assert "staggered noise" in describe(tmp_path / "rolling_forcing_dmd.pt").problem
-    with pytest.raises(ValueError, match="staggered noise levels"):
-        load_transformer(tmp_path / "rolling_forcing_dmd.pt").preset.check_runnable()
-
-
-def test_an_incomplete_transformer_is_not_streamable(state: dict[str, Tensor], tmp_path: Path):
-    save_file({n: t for n, t in state.items() if n != "head.modulation"}, tmp_path / "a.st")
-    assert (
-        "1 tensors are missing or unexpected (head.modulation)"
-        in describe(tmp_path / "a.st").problem
-    )
 
 
 # -- the VAE
@@ -486,17 +307,3 @@ def test_the_loaded_file_has_the_fingerprint_of_the_file():
     for dtype in (torch.float32, torch.bfloat16):
         tree = load_transformer(GOLDEN, dtype=dtype).tree
         assert weights_fingerprint(tree.state_dict()) == in_file
-
-
-def test_choosing_stops_at_a_bounded_depth():
-    tree: dict = {"w": torch.ones(1)}
-    for _ in range(10):
-        tree = {"state_dict": tree}
-    assert choose(tree) == ({}, "state_dict/state_dict/state_dict/state_dict")
-
-
-def test_a_checkpoint_says_what_was_removed(state: dict[str, Tensor], tmp_path: Path):
-    torch.save({"generator": {f"model.{n}": t for n, t in state.items()}}, tmp_path / "a.pt")
-    checkpoint = read_checkpoint(tmp_path / "a.pt")
-    assert (checkpoint.source, checkpoint.wrappers) == ("generator", ("model.",))
-    assert recognise(shapes_of(checkpoint.tensors)).problem == ""

@@ -1,0 +1,197 @@
+"""The layout as a test: every file imports what its row allows, and the README lists every file.
+
+A row names what a file may import beyond the standard library: other packages, and files of
+`sneakpeek_core` without their suffix. Data flows one way (design, section 2): what makes latents
+stands above what turns them into frames, and never looks down.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "sneakpeek_core"
+
+LAYOUT = {
+    "__init__": "",
+    # what is planned: no torch
+    "shapes": "",
+    "schedule": "shapes",
+    "edits": "schedule",
+    "guidance": "schedule",
+    "policy": "",
+    "settings": "guidance policy",
+    # what samples
+    "sigmas": "",
+    "noise": "torch",
+    "conditioning": "torch schedule",
+    "cache": "torch policy model.rope",
+    "denoiser": "torch sigmas model.forward model.rope",
+    "sampler": "torch cache conditioning denoiser guidance model.rope noise policy settings shapes"
+    " sigmas",
+    # values, and what keeps them
+    "records": "torch safetensors conditioning guidance policy schedule settings",
+    "frozen": "torch safetensors cache conditioning model.config records sampler schedule settings"
+    " shapes",
+    "latent_store": "torch numpy",
+    "journal": "records",
+    "start": "torch shapes",
+    "stream": "torch cache conditioning denoiser edits frozen latent_store model.config sampler"
+    " schedule settings shapes start",
+    "recording": "conditioning frozen journal records stream",
+    # what shows: knows latents and frames, never sigmas
+    "mp4": "av",
+    "video": "torch numpy av mp4",
+    "contact_sheet": "torch numpy PIL video",
+    "frames": "torch contact_sheet shapes stream video",
+    # files to parts
+    "processor": "torch",
+    "pictures": "torch numpy PIL kornia",
+    "text_encoder": "torch umt5 model.checkpoint model.initial model.recognise model.weights",
+    "umt5": "torch transformers tokenizers sentencepiece model.checkpoint model.recognise"
+    " model.weights",
+    "assembly": "torch conditioning denoiser model.config model.inspect model.presets"
+    " model.transformer model.weights pictures processor schedule stream text_encoder"
+    " vae.streaming vae.wan",
+    "estimate": "torch psutil cache model.config settings shapes vae.streaming",
+    "model.__init__": "",
+    "model.config": "shapes",
+    "model.rope": "torch",
+    "model.transformer": "torch shapes model.config",
+    "model.forward": "torch einops shapes model.config model.rope",
+    "model.parallel": "torch model.rope",
+    "model.initial": "torch model.config model.transformer vae.wan",
+    "model.presets": "sigmas model.config",
+    "model.tensor_files": "torch safetensors",
+    "model.checkpoint": "torch model.tensor_files",
+    "model.recognise": "shapes model.config",
+    "model.fingerprint": "torch model.checkpoint",
+    "model.weights": "torch safetensors vae.wan model.checkpoint model.config model.fingerprint"
+    " model.initial model.presets model.recognise model.transformer",
+    "model.inspect": "shapes vae.wan model.checkpoint model.config model.presets model.recognise"
+    " model.tensor_files model.weights",
+    "vae.__init__": "",
+    "vae.wan": "torch einops processor shapes",
+    "vae.streaming": "torch einops shapes vae.wan",
+    # the command line
+    "cli.__init__": "cli.endings cli.options",
+    "cli.__main__": "cli.__init__",
+    "cli.endings": "torch stream",
+    "cli.options": "torch guidance policy settings shapes cli.estimate cli.generate cli.inspect"
+    " cli.sampling",
+    "cli.sampling": "guidance model.presets policy settings sigmas",
+    "cli.steps": "torch assembly pictures schedule cli.options",
+    "cli.order": "torch assembly estimate frozen schedule settings cli.options cli.sampling"
+    " cli.steps",
+    "cli.jobs": "__init__ assembly estimate frozen journal mp4 recording records schedule stream"
+    " vae.wan video cli.options cli.order",
+    "cli.generate": "contact_sheet frames shapes stream vae.streaming cli.endings cli.jobs"
+    " cli.progress cli.watch",
+    "cli.progress": "frames shapes stream",
+    "cli.watch": "edits schedule shapes stream cli.endings cli.steps",
+    "cli.inspect": "journal model.inspect model.tensor_files mp4 records schedule shapes"
+    " cli.endings cli.jobs",
+    "cli.estimate": "__init__ shapes cli.order",
+}
+# Imported for annotations only: torch in a file without it, and one circle.
+FOR_TYPES = {"policy": "cache", "sigmas": "torch"}
+FILES = {
+    ".".join(path.relative_to(CORE).with_suffix("").parts): path for path in CORE.rglob("*.py")
+}
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Return what a file imports when it runs, and what under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text("utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    running, typing = set(), set()
+    for node in ast.walk(tree):
+        names = _names(node, path)
+        (typing if id(node) in typing_only else running).update(names)
+    return running, typing
+
+
+def _names(node: ast.AST, path: Path) -> set[str]:
+    if isinstance(node, ast.Import):
+        found = {alias.name.split(".")[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        found = {(node.module or "").split(".")[0]}
+    elif isinstance(node, ast.ImportFrom):
+        base = path.relative_to(CORE).parts[:-1]
+        base = base[: len(base) - node.level + 1]
+        assert len(path.relative_to(CORE).parts) >= node.level, "an import from outside the core"
+        return {".".join([*base, *((node.module or "__init__").split("."))])}
+    else:
+        return set()
+    return {name for name in found if name not in sys.stdlib_module_names}
+
+
+def test_every_file_has_a_row():
+    """A new file says what it may import; a row without a file goes."""
+    assert sorted(FILES) == sorted(LAYOUT)
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_file_imports_what_its_row_allows(name: str):
+    """Neither more (that breaks the layers) nor less (the row would be out of date)."""
+    running, typing = imports_of(FILES[name])
+    assert running == set(LAYOUT[name].split())
+    assert typing - running <= set(FOR_TYPES.get(name, "").split())
+
+
+def test_core_never_imports_its_hosts():
+    """`sneakpeek_core` runs without ComfyUI and without the nodes."""
+    hosts = ("comfy", "nodes", "folder_paths", "server", "execution")
+    for name, path in FILES.items():
+        running, typing = imports_of(path)
+        for imported in running | typing:
+            assert not imported.startswith(hosts), f"{name} imports {imported}"
+
+
+def test_sampling_never_sees_frames_and_decoding_never_sees_sigmas():
+    """Follow the rows: nothing above reaches what lies below it in the flow, however far round."""
+    for name in ("sampler", "stream", "recording"):
+        assert not {"av", "PIL", "video", "frames", "vae.wan", "contact_sheet"} & _reached(name)
+    for name in ("vae.streaming", "video", "contact_sheet"):
+        assert not {"sigmas", "sampler", "denoiser", "schedule"} & _reached(name)
+
+
+def _reached(name: str) -> set[str]:
+    seen, left = set(), {name}
+    while left:
+        current = left.pop()
+        seen.add(current)
+        left |= set(LAYOUT.get(current, "").split()) - seen
+    return seen
+
+
+def test_readme_lists_every_file():
+    """The tree in the README has one line per file, and no file that is gone."""
+    lines = (ROOT / "README.md").read_text("utf-8").split("## Tree")[1].split("```")[1].splitlines()
+    folder, listed = "", set()
+    for line in filter(str.strip, lines):
+        name = line.split()[0]
+        if name.endswith("/") and not line.startswith(" "):
+            folder = name
+        elif line.startswith(" "):
+            listed.add(folder + name)
+        else:
+            listed.add(name)
+    kept = (ROOT / folder for folder in ("sneakpeek_core", "tests"))
+    there = {
+        str(path.relative_to(ROOT))
+        for base in kept
+        for path in base.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and "data" not in path.parts
+    }
+    inside = {name for name in listed if name.startswith(("sneakpeek_core/", "tests/"))}
+    assert inside == there | {"tests/data/self_forcing"}
