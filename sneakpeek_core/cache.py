@@ -16,7 +16,7 @@ Legend: `sneakpeek_core.shapes`; S tokens of one latent frame.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .model.rope import Rope, rope_for, rotate
-from .policy import POLICIES, CachePolicy
+from .policy import POLICIES, CachePolicy, Content
 
 PARTS = 3  # keys, rotated keys, values
 
@@ -82,6 +82,14 @@ class _Held(NamedTuple):
     slot: int
 
 
+class Settled(NamedTuple):
+    """What a policy has decided about a finished chunk, not yet in effect."""
+
+    held: tuple[_Held, ...]
+    first: int  # slot of the chunk's first frame
+    rewritten: Mapping[int, Content]  # by frame
+
+
 class Segment(NamedTuple):
     """`frames` neighbouring slots from `slot` on, written from frame `start` of a call on."""
 
@@ -102,11 +110,14 @@ class KVCache:
             spec.layers, spec.batch, spec.future + spec.past,
             spec.tokens_per_frame, spec.heads, spec.head_dim,
         )  # fmt: skip
-        self.keys = torch.zeros(shape, dtype=spec.dtype, device=device)
-        self.rotated = torch.zeros_like(self.keys)
-        self.values = torch.zeros_like(self.keys)
+        # Hosts run under inference mode; tensors made in it could not be written outside.
+        with torch.inference_mode(False):
+            self.keys = torch.zeros(shape, dtype=spec.dtype, device=device)
+            self.rotated = torch.zeros_like(self.keys)
+            self.values = torch.zeros_like(self.keys)
         self.future: tuple[Keyframe, ...] = ()
         self._held: tuple[_Held, ...] = ()
+        self._epoch = 0  # rises when slots change hands: views from before are void
         # The position each slot of `rotated` is valid for; None where it must be made again.
         self._turned: list[float | None] = [None] * (spec.future + spec.past)
 
@@ -118,16 +129,6 @@ class KVCache:
     @property
     def device(self) -> torch.device:
         return self.keys.device
-
-    def slots(self, frames: Sequence[int]) -> list[int]:
-        """Return the slots that hold the given past frames (for policies that rewrite them)."""
-        where = {held.frame: held.slot for held in self._held}
-        return [where[frame] for frame in frames]
-
-    def invalidate(self, slots: Sequence[int]) -> None:
-        """Say that the keys in `slots` were rewritten, so that they are rotated again."""
-        for slot in slots:
-            self._turned[slot] = None
 
     # -- one chunk -------------------------------------------------------------------------------
 
@@ -165,48 +166,53 @@ class KVCache:
         writes = [Segment(open_slot, 0, chunk)] if chunk else []
         if write_keyframes:
             writes.insert(0, Segment(first, chunk, keyframes))
-        bias = self._bias(keyframes, stop - first, strength) if keyframes else None
+        bias = None  # where it would change nothing: masks keep attention off its fast kernels
+        if keyframes and strength != 1.0:
+            bias = self._bias(chunk, keyframes, stop - first, write_keyframes, strength)
         return CacheView(self, first, stop, tuple(writes), keep, bias)
 
     def drop_plan(self) -> None:
         """Forget the keyframes; their slots may be written from now on."""
         self.future = ()
+        self._epoch += 1
 
     def commit_plan(self, keyframes: Sequence[Keyframe]) -> None:
         """Take in the keyframes that a pass with `keep=True` has just written."""
+        self._epoch += 1
         self.future = tuple(keyframes)
         self._turned[: self.spec.future] = [None] * self.spec.future
 
-    def commit(self, frames: Sequence[int], policy: CachePolicy, chunk: int) -> None:
-        """Take the open chunk's frames into the past and let the policy say which ones stay.
+    def settle(self, frames: Sequence[int], policy: CachePolicy, chunk: int) -> Settled:
+        """Let the policy say what stays of the past and the open chunk's `frames`.
 
         The context pass must have written them (`keep=True`). `chunk` is the size of the next
-        chunk, for which room is left.
+        chunk, for which room is left. Changes nothing: `commit` does.
         """
         first = self.spec.future + len(self._held)
         held = self._held + tuple(_Held(f, first + i) for i, f in enumerate(frames))
         kept = set(policy.keep([h.frame for h in held], chunk))
         evicted = tuple(h.frame for h in held if h.frame not in kept)
-        for slot in range(first, first + len(frames)):
-            self._turned[slot] = None
         on_evict = POLICIES[policy.policy].on_evict
+        rewritten: Mapping[int, Content] = {}
         if evicted and on_evict is not None:
-            before, self._held = self._held, held  # the hook reads what leaves, new frames too
-            try:
-                on_evict(self, evicted)
-            except BaseException:
-                self._held = before
-                raise
-        self._held = tuple(h for h in held if h.frame in kept)
+            slots = {h.frame: h.slot for h in held}
+            rewritten = on_evict(
+                lambda frame: (self.keys[:, :, slots[frame]], self.values[:, :, slots[frame]]),
+                evicted,
+            )
+        return Settled(tuple(h for h in held if h.frame in kept), first, rewritten)
 
-    @property
-    def table(self) -> tuple[_Held, ...]:
-        """Where the held frames lie; `take_back` returns to it."""
-        return self._held
-
-    def take_back(self, table: tuple[_Held, ...]) -> None:
-        """Undo a `commit` that has just been made, given the table from before it."""
-        self._held = table
+    def commit(self, settled: Settled) -> None:
+        """Take what was settled into the past."""
+        slots = {h.frame: h.slot for h in settled.held}
+        for frame, (keys, values) in settled.rewritten.items():
+            self.keys[:, :, slots[frame]] = keys
+            self.values[:, :, slots[frame]] = values
+            self._turned[slots[frame]] = None
+        for slot in range(settled.first, self.spec.future + self.spec.past):
+            self._turned[slot] = None
+        self._held = settled.held
+        self._epoch += 1
 
     def grow(self, past: int) -> None:
         """Make room for `past` latent frames in all, for a stream that became longer."""
@@ -217,6 +223,7 @@ class KVCache:
         for part in ("keys", "rotated", "values"):
             getattr(larger, part)[:, :, :size] = getattr(self, part)
         larger._turned[:size] = self._turned
+        self._epoch += 1
         self.spec, self._turned = larger.spec, larger._turned
         self.keys, self.rotated, self.values = larger.keys, larger.rotated, larger.values
 
@@ -256,6 +263,7 @@ class KVCache:
             self.keys[:, :, slot] = self.keys[:, :, held.slot]
             self.values[:, :, slot] = self.values[:, :, held.slot]
             self._turned[slot] = None
+            self._epoch += 1
             self._held = (
                 *self._held[:order], held._replace(slot=slot), *self._held[order + 1 :],
             )  # fmt: skip
@@ -278,16 +286,19 @@ class KVCache:
             head_dim=self.spec.head_dim, device=self.device,
         )  # fmt: skip
 
-    def _bias(self, keyframes: int, frames: int, strength: float) -> Tensor | None:
-        """Return [1, 1, 1, Tk]: log(strength) on the keyframes' keys, 0 on all others.
+    def _bias(
+        self, chunk: int, keyframes: int, frames: int, queried: bool, strength: float
+    ) -> Tensor:
+        """Return log(strength) on what the open chunk sees of keyframes, 0 elsewhere.
 
-        None where it would change nothing: a mask keeps attention off its fastest kernels.
+        [1, 1, 1, Tk], or [1, 1, Tq, Tk] when the keyframes themselves are queries behind the
+        chunk: how they are planned must not depend on how strongly they are followed.
         """
-        if strength == 1.0:
-            return None
-        bias = torch.zeros(frames, self.spec.tokens_per_frame, device=self.device)
-        bias[:keyframes] = math.log(strength)
-        return bias.to(self.spec.dtype).flatten()[None, None, None]
+        size = self.spec.tokens_per_frame
+        rows = (chunk + keyframes) * size if queried and chunk else 1
+        bias = torch.zeros(rows, frames * size, dtype=self.spec.dtype, device=self.device)
+        bias[: chunk * size if rows > 1 else 1, : keyframes * size] = math.log(strength)
+        return bias[None, None]
 
 
 class CacheView:
@@ -302,14 +313,17 @@ class CacheView:
         self._writes = writes
         self._keep = keep
         self._bias = bias
+        self._epoch = cache._epoch
 
     def __call__(
         self, layer: int, k_BTND: Tensor, v_BTND: Tensor, rope: Rope
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         cache, size = self._cache, self._cache.spec.tokens_per_frame
+        if cache._epoch != self._epoch:  # as a recomputation in backward would find it
+            raise RuntimeError("this view of the cache is void: the cache has moved on since")
         rotated = rotate(k_BTND, rope)
         k, r, v = (t.unflatten(1, (-1, size)) for t in (k_BTND, rotated, v_BTND))
-        if torch.is_grad_enabled() and (rotated.requires_grad or v.requires_grad):
+        if torch.is_grad_enabled():
             joined = (self._joined(cache.rotated[layer], r), self._joined(cache.values[layer], v))
             self._write(layer, k.detach(), r.detach(), v.detach())
         else:

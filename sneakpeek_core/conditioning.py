@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .schedule import Schedule, Timeline
+from .shapes import LATENT_CHANNELS
 
 # Texts in, embeddings out: one [L, text_dim] per text, unpadded.
 Encode = Callable[[list[str]], list[Tensor]]
@@ -41,6 +42,42 @@ def trimmed(text_BLC: Tensor) -> Tensor:
     """Drop trailing all-zero tokens: the model pads with the same zeros (and hosts pad early)."""
     used = text_BLC.abs().amax(dim=(0, 2)).nonzero()
     return text_BLC[:, : int(used[-1]) + 1] if len(used) else text_BLC[:, :1]
+
+
+def check_conditioning(
+    conditioning: Conditioning, batch: int, text_dim: int | None, latent_size: tuple[int, int]
+) -> None:
+    """Raise `ValueError` unless all texts and goals are ones that the model can be given.
+
+    `text_dim` None: not known. `latent_size` is (height, width) in latent cells.
+    """
+    rows = "1" if batch == 1 else f"1 or {batch}"
+    texts = {f"the text of step {i}": t for i, t in enumerate(conditioning.texts, 1)}
+    if conditioning.negative is not None:
+        texts["the negative text"] = conditioning.negative
+    for name, text in texts.items():
+        fits = text.dim() == 3 and len(text) in (1, batch) and text.shape[1] > 0
+        if not fits or text_dim not in (None, text.shape[2]):
+            raise ValueError(
+                f"{name} is embedded as {tuple(text.shape)}, not [{rows}, tokens, "
+                f"{text_dim or 'text_dim'}]; use the text encoder that belongs to the model"
+            )
+        _check_numbers(name, text)
+    for number, goal in enumerate(conditioning.goals, 1):
+        if goal is None:
+            continue
+        expected = (LATENT_CHANNELS, 1, *latent_size)
+        if goal.dim() != 5 or len(goal) not in (1, batch) or goal.shape[1:] != expected:
+            raise ValueError(
+                f"the goal of step {number} is {tuple(goal.shape)}, not [{rows}, "
+                f"{', '.join(map(str, expected))}]; encode a picture of the video's size"
+            )
+        _check_numbers(f"the goal of step {number}", goal)
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} is not all finite fractions; encode it again")
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """A transformer as a denoiser: noisy latents and their noise levels in, clean latents out.
 
-The only place where sigma becomes a timestep and a velocity becomes clean latents. What a text
-costs is paid once: its keys and values are kept for as long as a step needs them.
+The only place where sigma becomes a timestep and a velocity becomes clean latents.
 """
 
 from __future__ import annotations
@@ -21,11 +20,20 @@ from .sigmas import TRAIN_STEPS
 log = logging.getLogger(__name__)
 
 
+# id of a text's embeddings -> (the embeddings, their keys and values in every layer). The tensor
+# is held, so its id stays its own.
+KnownTexts = dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]]
+
+
 class Branch(NamedTuple):
-    """One side of classifier-free guidance: a text per frame, and what self-attention sees."""
+    """One side of classifier-free guidance: a text per frame, and what self-attention sees.
+
+    `known` keeps what texts cost; its owner drops it when the weights may have changed.
+    """
 
     texts: Sequence[Tensor]  # embeddings [B or 1, L, text_dim], one per latent frame of the call
     extend: Extend
+    known: KnownTexts
 
 
 class Denoiser:
@@ -48,15 +56,15 @@ class Denoiser:
         self.dtype = dtype
         self.text_len = text_len
         self.host = host or Host()
-        # id(embeds) -> (embeds, layers). The tensor is held, so its id cannot be reused.
-        self._texts: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
 
     @property
     def layers(self) -> int:
+        """Transformer layers, each with keys and values of its own."""
         return len(self.tree.blocks)
 
     @property
     def dim(self) -> int:
+        """Channels of a token: heads x 128."""
         return self.tree.patch_embedding.weight.shape[0]
 
     def __call__(
@@ -94,7 +102,7 @@ class Denoiser:
         flows = [
             velocity(
                 self.tree, x_BCFHW, sigmas_BF * TRAIN_STEPS, rope,
-                self._runs(branch.texts, len(x_BCFHW)), branch.extend,
+                self._runs(branch, x_BCFHW), branch.extend,
                 dtype=self.dtype, host=self.host,
             )
             for branch in branches
@@ -103,11 +111,6 @@ class Denoiser:
             return flows[0]
         positive, negative = flows
         return negative + cfg * (positive - negative)
-
-    def forget_texts(self, keep: Sequence[Tensor] = ()) -> None:
-        """Drop the keys and values of all texts but those in `keep`."""
-        wanted = {id(text) for text in keep}
-        self._texts = {key: value for key, value in self._texts.items() if key in wanted}
 
     def _sigmas(self, sigmas: Sequence[float] | Tensor, x_BCFHW: Tensor) -> Tensor:
         if isinstance(sigmas, Tensor):
@@ -118,32 +121,25 @@ class Denoiser:
             filled[:, frame] = sigma
         return filled
 
-    def _runs(self, texts: Sequence[Tensor], batch: int) -> list[TextRun]:
+    def _runs(self, branch: Branch, x_BCFHW: Tensor) -> list[TextRun]:
         runs: list[TextRun] = []
-        for frame, text in enumerate(texts):
-            if frame and text is texts[frame - 1]:
+        for frame, text in enumerate(branch.texts):
+            if frame and text is branch.texts[frame - 1]:
                 runs[-1] = runs[-1]._replace(stop=frame + 1)
-            else:
-                layers = [
-                    (k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1))
-                    for k, v in self._layers(text)
-                ]
-                runs.append(TextRun(frame, frame + 1, layers))
+                continue
+            known = branch.known.get(id(text))
+            if known is None:
+                known = (text, text_layers(self.tree, self._padded(text, x_BCFHW.device)))
+                if not torch.is_grad_enabled():  # a graph belongs to one backward pass
+                    branch.known[id(text)] = known
+            rows = len(x_BCFHW)
+            layers = [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in known[1]]
+            runs.append(TextRun(frame, frame + 1, layers))
         return runs
 
-    def _layers(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
-        if torch.is_grad_enabled():  # a graph belongs to one backward pass
-            return text_layers(self.tree, self._padded(text))
-        known = self._texts.get(id(text))
-        if known is None:
-            known = self._texts[id(text)] = (text, text_layers(self.tree, self._padded(text)))
-        return known[1]
-
-    def _padded(self, text_BLC: Tensor) -> Tensor:
+    def _padded(self, text_BLC: Tensor, device: torch.device) -> Tensor:
         length = text_BLC.shape[1]
         if length > self.text_len:
             log.warning("a text of %d tokens is cut to %d", length, self.text_len)
-        text = text_BLC[:, : self.text_len]
-        text = nnf.pad(text, (0, 0, 0, self.text_len - text.shape[1]))
-        # The first layer's own parameters say where the tree lives.
-        return text.to(self.tree.patch_embedding.weight.device, self.dtype)
+        text = text_BLC[:, : self.text_len].to(device, self.dtype)
+        return nnf.pad(text, (0, 0, 0, self.text_len - text.shape[1]))

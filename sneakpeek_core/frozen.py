@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .cache import Keyframe
 from .conditioning import Conditioner, Conditioning
 from .model.config import HEAD_DIM
 from .records import (
+    DAMAGED,
     Record,
     metadata_of,
     record_of,
@@ -30,9 +31,11 @@ from .records import (
     schedule_to_record,
     settings_from_json,
     settings_to_json,
+    size_from_json,
+    string_from_json,
 )
 from .sampler import Rollout
-from .schedule import Schedule
+from .schedule import Schedule, is_number, is_whole
 from .settings import SamplerSettings
 from .shapes import LATENT_CHANNELS, SIZE_STEP, SPATIAL, check_size
 
@@ -82,7 +85,8 @@ class FrozenCache:
     ) -> None:
         """Raise `ValueError` naming the first thing that keeps this cache from being continued.
 
-        Steps, seed, sigmas and guidance may differ; whatever shaped its contents may not.
+        Steps, seed, sigmas and guidance may differ; whatever shaped its contents may not. The
+        dtype may differ too: contents are converted when they are put into a rollout.
         """
         if self.fingerprint != fingerprint:
             raise ValueError(
@@ -100,6 +104,7 @@ class FrozenCache:
             ("window", mine.policy.window or "all", policy.window or "all"),
             ("positions", mine.policy.positions, policy.positions),
             ("policy", mine.policy.policy, policy.policy),
+            ("context sigma", f"{mine.context_sigma:g}", f"{settings.context_sigma:g}"),
             ("cfg", *("above 1" if s.cfg > 1 else "1" for s in (mine, settings))),
         ):
             if own != wanted:
@@ -151,7 +156,7 @@ class FrozenCache:
             raise ValueError(f"{path} holds a {record.kind}, not a cache; use a --save-cache file")
         try:
             return cls._from_record(record)
-        except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as error:
+        except DAMAGED as error:
             raise ValueError(f"cache {path} is damaged ({error}); make it again") from error
 
     def _to_record(self) -> Record:
@@ -179,15 +184,15 @@ class FrozenCache:
         schedule = schedule_from_record(header["schedule"], tensors, conditioner)
         branches = sorted(name for name in tensors if name.startswith("keys."))
         frozen = cls(
-            fingerprint=header["fingerprint"],
-            size=(int(header["size"][0]), int(header["size"][1])),
-            fps=float(header["fps"]),
+            fingerprint=string_from_json(header["fingerprint"]),
+            size=size_from_json(header["size"]),
+            fps=header["fps"],
             settings=settings_from_json(header["settings"]),
-            conditioning=conditioner.prepare(schedule, int(header["schedule"]["version"])),
-            chunk=int(header["chunk"]),
-            frontier=int(header["frontier"]),
-            planned_at=int(header["planned_at"]),
-            frames=tuple(int(frame) for frame in header["frames"]),
+            conditioning=conditioner.prepare(schedule, header["schedule"]["version"]),
+            chunk=header["chunk"],
+            frontier=header["frontier"],
+            planned_at=header["planned_at"],
+            frames=tuple(header["frames"]),
             future=tuple(Keyframe(*key) for key in header["future"]),
             keys=tuple(tensors[name] for name in branches),
             values=tuple(tensors[name.replace("keys", "values")] for name in branches),
@@ -197,9 +202,10 @@ class FrozenCache:
         return frozen
 
     def _check_whole(self) -> None:
-        """Raise `ValueError` unless the sizes agree with one another: a file may say anything."""
+        """Raise `ValueError` unless the parts agree with one another: a file may say anything."""
         width, height = self.size
         check_size(width, height)
+        self._check_counts()
         batch, held = len(self.settings.seeds), len(self.frames) + len(self.future)
         tokens = (height // SIZE_STEP) * (width // SIZE_STEP)
         branches = 2 if self.settings.cfg > 1 else 1
@@ -213,9 +219,25 @@ class FrozenCache:
         warm = self.warm.shape
         if len(warm) != 5 or (*warm[:2], *warm[3:]) != latent:
             raise ValueError(f"its latents are {tuple(warm)}")
+        for part in (*self.keys, *self.values, self.warm):
+            if not part.is_floating_point() or not torch.isfinite(part).all():
+                raise ValueError("its tensors are not all finite fractions")
+
+    def _check_counts(self) -> None:
+        whole = (self.chunk, self.frontier, self.planned_at, *self.frames)
+        if not all(map(is_whole, (*whole, *(key.frame for key in self.future)))):
+            raise ValueError("its frames are no whole numbers")
+        end = self.conditioning.timeline.latent_frames
+        if not -1 <= self.planned_at <= self.chunk or not 0 <= self.chunk <= self.frontier <= end:
+            raise ValueError(f"chunk {self.chunk} and frame {self.frontier} of {end} do not agree")
         ordered = list(self.frames) == sorted({f for f in self.frames if 0 <= f < self.frontier})
         if not ordered or len(self.future) > self.settings.keyframes:
             raise ValueError(f"its frames {self.frames} are not those of {self.frontier}")
+        # A plan made with a longer span may still be in force, but it ends with the steps.
+        limit = max(self.frontier + self.settings.span, end)
+        for key in self.future:
+            if not 0 <= key.frame < limit or not is_number(key.sigma):
+                raise ValueError(f"a keyframe at {key.frame} is not among the {limit} in reach")
 
 
 def continued_schedule(cache: FrozenCache, more: Schedule | None) -> Schedule:
@@ -231,6 +253,30 @@ def continued_schedule(cache: FrozenCache, more: Schedule | None) -> Schedule:
 def on_cpu(tensor: Tensor) -> Tensor:
     """Return a copy on the CPU that shares nothing with `tensor`."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def own_conditioning(conditioning: Conditioning) -> Conditioning:
+    """Return it with copies of its tensors on the CPU; steps that shared one share the copy."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in copies:
+            copies[id(tensor)] = on_cpu(tensor)
+        return copies[id(tensor)]
+
+    texts = tuple(copied(text) for text in conditioning.texts)
+    goals = tuple(copied(goal) for goal in conditioning.goals)
+    schedule = conditioning.schedule
+    steps = tuple(
+        replace(step, embeds=None if step.embeds is None else text, goal=goal)
+        for step, text, goal in zip(schedule.steps, texts, goals, strict=True)
+    )
+    return replace(
+        conditioning, schedule=replace(schedule, steps=steps), texts=texts, goals=goals,
+        negative=copied(conditioning.negative),
+    )  # fmt: skip
 
 
 def newest(parts: Sequence[Tensor], latent_frames: int = WARM_LATENTS) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .schedule import Timeline
+from .schedule import Timeline, is_number, is_whole
 
 MODES = ("planned", "joint", "given")
 PLACES = ("step_end", "every")
@@ -43,29 +43,39 @@ class FutureGuidance:
         checks = (
             (self.mode in MODES, "guidance", self.mode, f"use one of {', '.join(MODES)}"),
             (self.place in PLACES, "keyframes", self.place, f"use one of {', '.join(PLACES)}"),
-            (self.every >= 1, "every", self.every, "use 1 or more latent frames"),
-            (1 <= self.count <= 8, "horizon", self.count, "use 1 to 8 keyframes"),
+            (_at_least(1, self.every), "every", self.every, "use 1 or more latent frames"),
             (
-                self.plan_passes is None or self.plan_passes >= 1,
+                _at_least(1, self.count) and self.count <= 8,
+                "horizon", self.count, "use 1 to 8 keyframes",
+            ),
+            (
+                self.plan_passes is None or _at_least(1, self.plan_passes),
                 "plan passes", self.plan_passes, "use 1 or more",
             ),
             (
-                0 <= self.strength <= MAX_STRENGTH,
+                is_number(self.strength) and 0 <= self.strength <= MAX_STRENGTH,
                 "strength", self.strength, f"use 0 (off) to {MAX_STRENGTH:g}, 1 is neutral",
             ),
             (
-                0 <= self.context_sigma < 1,
+                is_number(self.context_sigma) and 0 <= self.context_sigma < 1,
                 "context sigma", self.context_sigma, "use 0 or more, below 1",
             ),
             (
-                self.first_passes is None or self.first_passes >= 1,
+                self.first_passes is None or _at_least(1, self.first_passes),
                 "first passes", self.first_passes, "use 1 or more, or leave it out for all",
             ),
-            (self.refresh >= 0, "refresh", self.refresh, "use 0 (only when needed) or more chunks"),
+            (
+                _at_least(0, self.refresh),
+                "refresh", self.refresh, "use 0 (only when needed) or more chunks",
+            ),
         )  # fmt: skip
         for good, name, value, fix in checks:
             if not good:
                 raise ValueError(f"{name} {value!r} is not allowed; {fix}")
+
+
+def _at_least(least: int, value: int) -> bool:
+    return is_whole(value) and value >= least
 
 
 class Target(NamedTuple):

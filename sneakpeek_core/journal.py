@@ -49,13 +49,20 @@ class Journal:
         return journal
 
     @classmethod
-    def reopen(cls, path: str | Path) -> tuple[Journal, list[Record]]:
-        """Open a journal to go on; return it with its records. A torn last record is cut off."""
+    def reopen(cls, path: str | Path) -> tuple[Journal, Iterator[Record]]:
+        """Open a journal to go on; return it with its records. A torn last record is cut off.
+
+        Take the records before the first `append`.
+        """
         path = Path(path)
-        records, end = read(path)
-        file = path.open("r+b", buffering=0)
-        file.truncate(end)
-        return cls(path, file), records
+        first_record(path)  # nothing is cut off a file that is no journal
+        with path.open("rb") as file:
+            end = file.seek(len(MAGIC))
+            for data in _blocks(file):
+                end += _HEAD + len(data)
+        opened = path.open("r+b", buffering=0)
+        opened.truncate(end)
+        return cls(path, opened), read(path)
 
     def append(self, record: Record) -> None:
         """Write a record and hand it to the system; on any error the file is as before."""
@@ -82,24 +89,31 @@ class Journal:
         self.close()
 
 
-def read(path: str | Path) -> tuple[list[Record], int]:
-    """Return the whole records of a journal and where they end; `ValueError` if it is none."""
+def read(path: str | Path) -> Iterator[Record]:
+    """Yield the whole records of a journal, one in memory at a time; `ValueError` if it is none."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"journal {path} does not exist; it lies beside the video as NAME.journal")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{path} is not a SneakPeek journal; give the NAME.journal file")
-        records, end = [], len(MAGIC)
+        begun = False
         for data in _blocks(file):
             try:
-                records.append(from_bytes(data))
+                record = from_bytes(data)
             except ValueError as error:
-                raise ValueError(f"journal {path} is damaged: {error}") from error
-            end += _HEAD + len(data)
-    if not records or records[0].kind != "journal-start":
+                raise ValueError(f"journal {path} is damaged ({error}); begin anew") from error
+            if not begun and record.kind != "journal-start":
+                break
+            begun = True
+            yield record
+    if not begun:
         raise ValueError(f"journal {path} has no start; begin the video anew")
-    return records, end
+
+
+def first_record(path: str | Path) -> Record:
+    """Return how a journal begins; `ValueError` if it is none."""
+    return next(read(path))
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

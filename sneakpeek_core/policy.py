@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from .schedule import is_whole
 
 if TYPE_CHECKING:
-    from .cache import KVCache
+    from torch import Tensor
 
 
 class Placement(NamedTuple):
@@ -26,8 +28,11 @@ class Placement(NamedTuple):
 KeepFrames = Callable[["CachePolicy", Sequence[int], int], tuple[int, ...]]
 # (kept frames, first frame of the open chunk) -> positions.
 PlaceFrames = Callable[[Sequence[int], int], Placement]
-# Called with the cache and the frames about to leave it, while they can still be read.
-OnEvict = Callable[["KVCache", tuple[int, ...]], Any]
+# Keys (before RoPE) and values of one frame, [layers, B, S, N, D] each.
+Content = tuple["Tensor", "Tensor"]
+# (content of a held frame by its number, frames about to leave) -> new content of frames that
+# stay. A hook reads and returns; it must not write, since it is run again after an interrupt.
+OnEvict = Callable[[Callable[[int], Content], tuple[int, ...]], Mapping[int, Content]]
 
 
 def sink_and_window(policy: CachePolicy, frames: Sequence[int], chunk: int) -> tuple[int, ...]:
@@ -81,13 +86,17 @@ class CachePolicy:
     policy: str = "sink_window"
 
     def __post_init__(self) -> None:
-        if self.sink < 0:
-            raise ValueError(f"sink {self.sink} is negative; use 0 or more latent frames")
+        if not is_whole(self.sink) or self.sink < 0:
+            raise ValueError(f"sink {self.sink!r} is not allowed; use 0 or more latent frames")
+        if self.window is not None and not is_whole(self.window):
+            raise ValueError(
+                f"window {self.window!r} is not allowed; use whole latent frames, or 'all'"
+            )
         for name, value, table in (
             ("policy", self.policy, POLICIES),
             ("positions", self.positions, POSITIONS),
         ):
-            if value not in table:
+            if not isinstance(value, str) or value not in table:
                 raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(table)}")
 
     def check(self, chunk: int) -> None:

@@ -7,7 +7,7 @@ that is damaged or of another kind is a `ValueError`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -18,11 +18,14 @@ from torch import Tensor
 from .conditioning import Conditioner, Conditioning
 from .guidance import FutureGuidance
 from .policy import CachePolicy
-from .schedule import Schedule, Step
+from .schedule import Schedule, Step, is_whole
 from .settings import SamplerSettings
 
 KIND = "sneakpeek.kind"
 HEADER = "sneakpeek"
+MAX_SIDE = 8192  # pixels
+# What a header or tensors that are not as they should be can raise while they are taken apart.
+DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError, ValueError)
 
 
 class Record(NamedTuple):
@@ -88,21 +91,45 @@ def settings_from_json(values: Mapping[str, Any]) -> SamplerSettings:
         raise ValueError(f"its settings are damaged ({error})") from error
 
 
+def size_from_json(value: Any) -> tuple[int, int]:
+    """Return width and height in pixels; `ValueError` if the value is anything else."""
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_whole, value)):
+        raise ValueError(f"its size is {value!r:.60}")
+    width, height = value
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise ValueError(f"its size is {width}x{height}, not 1 to {MAX_SIDE} pixels a side")
+    return width, height
+
+
+def string_from_json(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.60} is no text")
+    return value
+
+
 # -- schedules -------------------------------------------------------------------------------------
 
 
 def schedule_to_record(conditioning: Conditioning) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a schedule with its embeddings and goals, so that no encoder is needed to go on."""
+    """Return a schedule with its embeddings and goals, so that no encoder is needed to go on.
+
+    A tensor that steps share is stored once, under the first of them, and shared again when it is
+    read: neighbouring frames with one text are one run, which rounds differently from two.
+    """
     steps, tensors = [], {}
     for index, step in enumerate(conditioning.schedule.steps):
+        text, goal = conditioning.texts[index], conditioning.goals[index]
+        text_in, goal_in = _first(conditioning.texts, text), _first(conditioning.goals, goal)
         steps.append(
-            {"text": step.text, "seconds": step.seconds, "own_embeds": step.embeds is not None}
-        )
-        # Steps may share a text or a goal; safetensors refuses tensors that share memory.
-        tensors[f"text.{index}"] = conditioning.texts[index].clone()
-        goal = conditioning.goals[index]
+            {
+                "text": step.text, "seconds": step.seconds, "own_embeds": step.embeds is not None,
+                "text_in": text_in, "goal_in": goal_in,
+            }
+        )  # fmt: skip
+        # safetensors refuses tensors that share memory, as slices may.
+        tensors.setdefault(f"text.{text_in}", text.clone())
         if goal is not None:
-            tensors[f"goal.{index}"] = goal.clone()
+            tensors.setdefault(f"goal.{goal_in}", goal.clone())
     if conditioning.negative is not None:
         tensors["negative"] = conditioning.negative
     header = {
@@ -113,23 +140,28 @@ def schedule_to_record(conditioning: Conditioning) -> tuple[dict[str, Any], dict
     return header, tensors
 
 
+def _first(tensors: Sequence[Tensor | None], wanted: Tensor | None) -> int:
+    return next(index for index, tensor in enumerate(tensors) if tensor is wanted)
+
+
 def schedule_from_record(
     header: Mapping[str, Any], tensors: Mapping[str, Tensor], conditioner: Conditioner
 ) -> Schedule:
     """Return the schedule; its embeddings become known to `conditioner`."""
     try:
-        steps = []
-        for index, step in enumerate(header["steps"]):
-            embeds = tensors[f"text.{index}"]
-            goal = tensors.get(f"goal.{index}")
-            own = embeds if step["own_embeds"] else None
-            steps.append(
-                Step(text=step["text"], seconds=float(step["seconds"]), embeds=own, goal=goal)
-            )
-        schedule = Schedule(tuple(steps), header["base"])
-    except (KeyError, TypeError) as error:
+        steps, texts = [], []
+        for step in header["steps"]:
+            texts.append(tensors[f"text.{step['text_in']}"])
+            goal = tensors.get(f"goal.{step['goal_in']}")
+            own = texts[-1] if step["own_embeds"] else None
+            text, seconds = string_from_json(step["text"]), float(step["seconds"])
+            steps.append(Step(text=text, seconds=seconds, embeds=own, goal=goal))
+        schedule = Schedule(tuple(steps), string_from_json(header["base"]))
+        if not is_whole(header["version"]):
+            raise ValueError(f"version {header['version']!r:.60}")
+    except DAMAGED as error:
         raise ValueError(f"its schedule is damaged ({error})") from error
     for index, step in enumerate(schedule.steps):
         if step.embeds is None:
-            conditioner.known.setdefault(schedule.prompt(index), tensors[f"text.{index}"])
+            conditioner.known.setdefault(schedule.prompt(index), texts[index])
     return schedule

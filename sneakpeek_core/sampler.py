@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cache import CacheView, Keyframe, KVCache
 from .conditioning import Conditioning
-from .denoiser import Branch, Denoiser
+from .denoiser import Branch, Denoiser, KnownTexts
 from .guidance import Target, targets
 from .model.rope import Rope
 from .noise import NoiseSource, seeded_noise
@@ -80,6 +80,7 @@ class Rollout:
         self.chunk = 0  # chunks committed, given ones included
         self.frontier = 0  # latent frames committed
         self.planned_at = -1  # the chunk for which the current keyframes were planned
+        self._texts: KnownTexts = {}  # of this generation: the weights do not change within it
         self.keyframe_latents: Tensor | None = None  # [B, C, K, H, W], what the model foresees
 
     def make(self, conditioning: Conditioning) -> Tensor:
@@ -104,14 +105,10 @@ class Rollout:
         rope = self._arrange(frames)
         call = self._call(conditioning, frames, rope, lambda c: c.view(len(frames), keep=True))
         _finite(self._pass(call, clean, sigma))
-        tables = [cache.table for cache in self.caches]
-        try:
-            for cache in self.caches:
-                cache.commit(frames, self.settings.policy, self.settings.chunk)
-        except BaseException:  # both branches or none
-            for cache, table in zip(self.caches, tables, strict=True):
-                cache.take_back(table)
-            raise
+        policy, chunk = self.settings.policy, self.settings.chunk
+        settled = [cache.settle(frames, policy, chunk) for cache in self.caches]
+        for cache, result in zip(self.caches, settled, strict=True):
+            cache.commit(result)
         self.chunk += 1
         self.frontier += len(frames)
 
@@ -286,11 +283,13 @@ class Rollout:
         given: Mapping[int, Tensor] | None = None,
     ) -> _Call:
         texts = [conditioning.text_of(frame) for frame in frames]
-        branches = [Branch(texts, view(self.caches[0]))]
+        branches = [Branch(texts, view(self.caches[0]), self._texts)]
         if len(self.caches) > 1:
             assert conditioning.negative is not None, "cfg above 1 needs a negative text"
-            branches.append(Branch([conditioning.negative] * len(texts), view(self.caches[1])))
-        return _Call(rope, branches, given or {})
+            negative = [conditioning.negative] * len(texts)
+            branches.append(Branch(negative, view(self.caches[1]), self._texts))
+        on_device = {i: x.to(self._device, torch.float32) for i, x in (given or {}).items()}
+        return _Call(rope, branches, on_device)
 
     def _pass(self, call: _Call, x: Tensor, sigma: float) -> Tensor:
         self.before_pass()
@@ -303,12 +302,12 @@ class Rollout:
         return list(torch.stack(drawn).to(self._device).unbind(0))
 
     def _keep_texts(self, conditioning: Conditioning, wanted: Sequence[Target]) -> None:
+        """Forget what texts cost that are no longer in sight."""
         chunk = range(self.frontier, self.frontier + self.settings.chunk)
         frames = (*chunk, *(target.frame for target in wanted))
-        texts = [conditioning.text_of(frame) for frame in frames]
-        if conditioning.negative is not None:
-            texts.append(conditioning.negative)
-        self.denoiser.forget_texts(texts)
+        texts = {id(conditioning.text_of(frame)) for frame in frames} | {id(conditioning.negative)}
+        for key in self._texts.keys() - texts:
+            del self._texts[key]
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -21,8 +21,19 @@ from .shapes import TEMPORAL, frames_of
 MAX_STEPS = 1000
 MAX_TEXT = 10_000  # characters of one step
 MAX_SECONDS = 24 * 3600.0  # of a whole schedule
+MAX_FPS = 1000
 _BRACKET = re.compile(r"\[([^\]]*)\](.*)", re.DOTALL)
 _SECONDS = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*s?", re.IGNORECASE)
+
+
+def is_whole(value: object) -> bool:
+    """Say whether a value is an `int`: files and callers also bring 2.0 and True."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value is a finite `int` or `float`."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +165,8 @@ class Timeline:
     @classmethod
     def of(cls, schedule: Schedule, fps: float) -> Timeline:
         """Place the steps at `fps` frames per second. `ValueError` for a step too short to show."""
+        if not is_number(fps) or not 0 < fps <= MAX_FPS:
+            raise ValueError(f"fps {fps!r} is not allowed; use more than 0, up to {MAX_FPS}")
         ends, seconds = [], 0.0
         for number, step in enumerate(schedule.steps, 1):
             seconds += step.seconds

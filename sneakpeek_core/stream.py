@@ -18,10 +18,17 @@ import torch
 from torch import Tensor
 
 from .cache import CacheSpec, KVCache
-from .conditioning import Conditioner, Conditioning
+from .conditioning import Conditioner, Conditioning, check_conditioning
 from .denoiser import Denoiser
 from .edits import Edit
-from .frozen import WARM_LATENTS, FrozenCache, continued_schedule, newest, on_cpu
+from .frozen import (
+    WARM_LATENTS,
+    FrozenCache,
+    continued_schedule,
+    newest,
+    on_cpu,
+    own_conditioning,
+)
 from .latent_store import LatentStore
 from .model.config import HEAD_DIM
 from .sampler import Rollout
@@ -105,12 +112,18 @@ class VideoStream:
         version: int = 0,
     ):
         check_size(width, height)
+        timeline = Timeline.of(schedule, conditioner.fps)
         if start is not None:
-            check_start(start, len(settings.seeds), width, height)
+            if cache is not None:
+                raise ValueError("a cache goes on from its own end; leave the start out")
+            check_start(start, len(settings.seeds), width, height, timeline.latent_frames)
             if settings.policy.sink < 1:  # a start image is never evicted
                 settings = replace(settings, policy=replace(settings.policy, sink=1))
         if cache is not None:
-            _meet(conditioner, cache)
+            conditioner = _acquainted(conditioner, cache)
+            if (settings.policy.sink, cache.settings.policy.sink, *cache.frames[:1]) == (0, 1, 0):
+                # Its sink is there for a start image: the same settings go on with it.
+                settings = replace(settings, policy=replace(settings.policy, sink=1))
             cache.check(
                 fingerprint=model.fingerprint, size=(width, height), fps=conditioner.fps,
                 settings=settings,
@@ -123,8 +136,7 @@ class VideoStream:
                 )
         if settings.cfg > 1 and conditioner.negative is None:
             raise ValueError(f"cfg {settings.cfg:g} needs a negative text; give one, or use cfg 1")
-        conditioning = conditioner.prepare(schedule, version)
-        settings.check_length(conditioning.timeline.latent_frames)
+        settings.check_length(timeline.latent_frames)
 
         self.model = model
         self.conditioner = conditioner
@@ -132,6 +144,8 @@ class VideoStream:
         self.width, self.height = width, height
         self.before_pass: Callable[[], None] = lambda: None
         self.landed: list[dict[str, Any]] = []  # edits that took effect, as they are recorded
+        conditioning = conditioner.prepare(schedule, version)
+        self.check(conditioning)
         self._cache = cache
         self._base = cache.chunk if cache else 0  # chunks before this stream's own
         self._first = cache.frontier if cache else 0  # latent frames likewise
@@ -143,7 +157,7 @@ class VideoStream:
         self._rollout: Rollout | None = None
         self._log: StreamLog | None = None
         self._lock = threading.RLock()
-        for part in start_chunks(start, settings.chunk) if start is not None else ():
+        for part in start_chunks(start.clone(), settings.chunk) if start is not None else ():
             self.remember(part)
 
     @classmethod
@@ -170,6 +184,14 @@ class VideoStream:
     def conditioning(self) -> Conditioning:
         """The schedule in force, with its embeddings."""
         return self._versions[-1][1]
+
+    def check(self, conditioning: Conditioning) -> None:
+        """Raise `ValueError` unless a conditioning is one that this stream can be made under."""
+        self.settings.check_length(conditioning.timeline.latent_frames)
+        # A host's module may not say how wide its input is.
+        text_dim = getattr(self.model.denoiser.tree.text_embedding[0], "in_features", None)
+        size = (self.height // SPATIAL, self.width // SPATIAL)
+        check_conditioning(conditioning, len(self.settings.seeds), text_dim, size)
 
     @property
     def schedule(self) -> Schedule:
@@ -247,7 +269,7 @@ class VideoStream:
             conditioning = self._conditioning_at(index)
             step = conditioning.timeline.step_of(first)
             text = conditioning.schedule.steps[step].text
-            return Chunk(index, first, self._latents[index], step, text)
+            return Chunk(index, first, self._latents[index].clone(), step, text)
 
     @torch.no_grad()
     def freeze(self) -> FrozenCache:
@@ -265,7 +287,7 @@ class VideoStream:
                 size=(self.width, self.height),
                 fps=self.conditioner.fps,
                 settings=self.settings,
-                conditioning=self.conditioning,
+                conditioning=own_conditioning(self.conditioning),
                 chunk=rollout.chunk,
                 frontier=rollout.frontier,
                 planned_at=rollout.planned_at,
@@ -296,10 +318,10 @@ class VideoStream:
                 check_edit(self.schedule, edit.schedule, self.conditioner.fps, self.made)
                 version = self.conditioning.version + 1
                 conditioning = self.conditioner.prepare(edit.schedule, version)
-                self.settings.check_length(conditioning.timeline.latent_frames)
-            except ValueError as error:
+                self.check(conditioning)
+            except Exception as error:  # the encoders' own too: an edit must not stop the stream
                 self._edits.popleft()
-                edit.settle("refused", self.made, str(error))
+                edit.settle("refused", self.made, str(error) or type(error).__name__)
                 continue
             if self._log:
                 self._log.edit(conditioning)
@@ -378,7 +400,7 @@ class VideoStream:
         One is due after every chunk; all are after a start or in a fresh process.
         """
         rollout = self._rollout = self._rollout or self._new_rollout()
-        rollout.before_pass = lambda: self.before_pass()
+        rollout.before_pass = self.before_pass
         for cache in rollout.caches:
             cache.grow(self.cache_spec.past)
         while (index := rollout.chunk - self._base) < len(self):
@@ -410,11 +432,12 @@ class VideoStream:
             ) from error
 
 
-def _meet(conditioner: Conditioner, cache: FrozenCache) -> None:
-    """Let the conditioner know the embeddings that the cache brings along."""
+def _acquainted(conditioner: Conditioner, cache: FrozenCache) -> Conditioner:
+    """Return a conditioner that also knows the embeddings which the cache brings along."""
     brought = cache.conditioning
+    known = {**conditioner.known}
     for index, step in enumerate(brought.schedule.steps):
         if step.embeds is None:
-            conditioner.known.setdefault(brought.schedule.prompt(index), brought.texts[index])
-    if conditioner.negative is None:
-        conditioner.negative = brought.negative
+            known.setdefault(brought.schedule.prompt(index), brought.texts[index])
+    negative = brought.negative if conditioner.negative is None else conditioner.negative
+    return replace(conditioner, known=known, negative=negative)

@@ -115,7 +115,7 @@ class Driver:
         chunk = self.new(size)
         self.write(chunk)
         numbers = range(len(self.made), len(self.made) + size)
-        self.cache.commit(numbers, self.policy, next_chunk or size)
+        self.cache.commit(self.cache.settle(numbers, self.policy, next_chunk or size))
         self.made += chunk
 
     def check(self, keyframes: int = 0) -> None:

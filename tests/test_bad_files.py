@@ -10,15 +10,18 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sneakpeek_core.cache import Keyframe
 from sneakpeek_core.frozen import FrozenCache
 from sneakpeek_core.journal import MAGIC, Journal, read
 from sneakpeek_core.model.initial import random_vae
 from sneakpeek_core.model.weights import save_model
+from sneakpeek_core.records import metadata_of
 from sneakpeek_core.text_encoder import random_text_encoder, save_text_encoder
 from tests.bad_input import (
     Build,
@@ -117,9 +120,35 @@ def rewritten(**changes: object) -> Callable[[Path], object]:
     """Change the header of a journal's first record."""
 
     def change(path: Path) -> None:
-        (start, *rest), _ = read(path)
+        start, *rest = read(path)
         with Journal.create(path, start._replace(header=start.header | changes)) as journal:
             for record in rest:
+                journal.append(record)
+
+    return change
+
+
+def reheaded(change: Callable[[dict[str, Any]], object]) -> Build:
+    """A cache whose header was changed by hand."""
+
+    def rewrite(path: Path) -> None:
+        record = FrozenCache.load(path)._to_record()
+        change(record.header)
+        save_file(record.tensors, path, metadata=metadata_of(record))
+
+    return bad_cache(rewrite)
+
+
+def rechunked(**changes: object) -> Callable[[Path], object]:
+    """Change the first chunk of a journal: its `latents`, or its header."""
+
+    def change(path: Path) -> None:
+        start, first, *rest = read(path)
+        header = first.header | {k: v for k, v in changes.items() if k != "latents"}
+        latents = changes.get("latents", first.tensors["latents"])
+        assert isinstance(latents, torch.Tensor)
+        with Journal.create(path, start) as journal:
+            for record in (first._replace(header=header, tensors={"latents": latents}), *rest):
                 journal.append(record)
 
     return change
@@ -272,7 +301,40 @@ JOURNALS = [
         r"text encoder no", r"check the path", True,
     ),
 ]  # fmt: skip
-# What the loaders do not refuse yet.
+HEADERS: list[Callable[[dict[str, Any]], object]] = [
+    lambda h: h.update(fps=float("inf")),
+    lambda h: h.update(fps=0),
+    lambda h: h.update(frontier=float("inf")),
+    lambda h: h.update(chunk=-5),
+    lambda h: h.update(planned_at=10**9),
+    lambda h: h.update(frames=[float(frame) for frame in h["frames"]]),
+    lambda h: h.update(future=[["x", 0, 0.0, "predicted", False, 0]]),
+    lambda h: h.update(size=[[32], 32]),
+    lambda h: h.update(size=[32, 16 * 10**6]),
+    lambda h: h.update(fingerprint=5),
+    lambda h: h["settings"].update(chunk=2.0),
+    lambda h: h["settings"]["policy"].update(policy=["x"]),
+    lambda h: h["schedule"].update(version="7"),
+    lambda h: h["schedule"].update(base=5),
+    lambda h: h["schedule"]["steps"][0].update(text=[1]),
+    lambda h: h["schedule"]["steps"][0].update(text_in=10**9),
+]
+CHUNKS = [
+    rechunked(number=1),
+    rechunked(number="0"),
+    rechunked(planned_at=0.5),
+    rechunked(latents=torch.zeros(1, 16, 1, 8, 8)),
+    rechunked(latents=torch.zeros(1, 16, 0, 4, 4)),
+    rechunked(latents=torch.zeros(1, 16, 9, 4, 4)),
+    rechunked(latents=torch.zeros(4, 4)),
+    rechunked(latents=torch.zeros(1, 16, 1, 4, 4, dtype=torch.long)),
+    rechunked(latents=torch.full((1, 16, 1, 4, 4), float("nan"))),
+    rewritten(fps=0),
+    rewritten(size=[32]),
+    rewritten(size=[3_200_000, 3_200_000]),
+    rewritten(schedule={"steps": [], "base": "", "version": 0}),
+]
+# Written by SneakPeek as far as it can be seen, but no SneakPeek writes this.
 CRAFTED = [
     Row("torch file under another name", weights("--model", pickled), r"torch file", r"rename"),
     Row(
@@ -291,7 +353,28 @@ CRAFTED = [
         r"again|anew",
     ),
     Row("cache of lost frames", refrozen(frontier=lambda c: 1), r"cache", r"again|anew"),
-]
+    Row(
+        "cache of whole keys", refrozen(keys=lambda c: tuple(k.long() for k in c.keys)),
+        r"bad\.cache is damaged .*fractions", r"again",
+    ),
+    Row(
+        "cache of nan", refrozen(warm=lambda c: c.warm * float("nan")),
+        r"bad\.cache is damaged .*fractions", r"again",
+    ),
+    Row(
+        "cache, far keyframe",
+        refrozen(future=lambda c: (Keyframe(10**9, 0, 0.0, "given", False, 0),)),
+        r"bad\.cache is damaged", r"again",
+    ),
+    *(
+        Row(f"cache header {i}", reheaded(change), r"bad\.cache is damaged", r"make it again")
+        for i, change in enumerate(HEADERS)
+    ),
+    *(
+        Row(f"journal chunk {i}", resumed(change), r"journal is damaged \(", r"begin anew", True)
+        for i, change in enumerate(CHUNKS)
+    ),
+]  # fmt: skip
 
 
 ROWS = WEIGHTS + CACHES + JOURNALS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field, replace
 
@@ -103,7 +104,7 @@ def test_passes_see_what_a_list_holds(seed: int):
         attended = call(cache.view(size, keep=True), cache, clean, opened)
         check_attended(attended, [m for _, m in held.past] + clean, [*past, *opened])
         numbers = range(frontier, frontier + size)
-        cache.commit(numbers, policy, chunk)
+        cache.commit(cache.settle(numbers, policy, chunk))
         frontier += size
         held.past += zip(numbers, clean, strict=True)
         newest = frontier - (total if policy.window is None else policy.window - chunk)
@@ -309,6 +310,21 @@ def test_strength_multiplies_attention_weight(strength: float):
         weights = weights / weights.sum(dim=-1, keepdim=True)
         expected = torch.einsum("bnqk,bknd->bqnd", weights, values)
         assert (sdpa(query, keys, values, mask) - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_strength_is_of_the_chunk_alone():
+    """Keyframes denoised along with a chunk see each other as ever: what is planned does not
+    depend on how strongly it is followed."""
+    driver = Driver()
+    driver.step(2)
+    driver.arrange()
+    view = driver.cache.view(2, 2, write_keyframes=True, strength=3.0)
+    size = ROWS * COLUMNS
+    for _, _, mask in call(view, driver.cache, driver.new(4), [2.0, 3.0, 5.0, 8.0]):
+        assert mask is not None and mask.shape == (1, 1, 4 * size, 6 * size)
+        assert torch.all(mask[..., : 2 * size, : 2 * size] == math.log(3.0))
+        assert not mask[..., : 2 * size, 2 * size :].any() and not mask[..., 2 * size :, :].any()
 
 
 @torch.no_grad()

@@ -76,3 +76,51 @@ def test_autograd_path_equals_the_in_place_path(view: Views):
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
     assert all(map(torch.equal, stored[False], stored[True]))
+
+
+def test_a_view_is_void_when_the_cache_has_moved_on():
+    """A recomputation in backward would find other frames in the slots: it is refused, never
+    silently wrong."""
+    driver = Driver(policy=CachePolicy(sink=1, window=4, positions="relative"))
+    with torch.no_grad():
+        driver.step(2)
+        driver.arrange()
+        look = driver.cache.view(2)
+        rope = driver.cache.rope([1.0, 2.0])
+        k = torch.cat([frame.keys[0] for frame in driver.new(2)], dim=1)
+        look(0, k, k, rope)
+        driver.step(2)
+        with pytest.raises(RuntimeError, match="the cache has moved on"):
+            look(0, k, k, rope)
+
+
+def test_training_queries_alone_leaves_no_view_of_the_storage_in_the_graph():
+    """Even where new keys need no gradient, the graph holds copies: later chunks may write."""
+    driver = Driver(policy=CachePolicy(sink=1, window=6, positions="relative"))
+    with torch.no_grad():
+        driver.step(2)
+        driver.arrange()
+    k = torch.cat([frame.keys[0] for frame in driver.new(2)], dim=1)
+    q = k.clone().requires_grad_()
+    keys, values, mask = driver.cache.view(2)(0, k, k, driver.cache.rope([2.0, 3.0]))
+    out = sdpa(q, keys, values, mask).sum()
+    driver.cache.values.zero_()  # as the next chunk's passes would
+    out.backward()
+    assert q.grad is not None and torch.isfinite(q.grad).all() and q.grad.abs().sum() > 0
+
+
+def test_a_cache_made_under_inference_mode_works_outside_it():
+    """Hosts make it inside; another thread may go on outside, and the other way round."""
+    policy = CachePolicy(sink=1, window=4, positions="relative")
+    with torch.inference_mode():
+        inside = Driver(policy=policy)
+        inside.step(2)
+    with torch.no_grad():
+        inside.step(2)
+        inside.cache.grow(12)
+        outside = Driver(policy=policy)
+        outside.step(2)
+    with torch.inference_mode():
+        outside.step(2)
+        inside.step(2)
+    assert inside.cache.frames == (0, 4, 5) and outside.cache.frames == (0, 2, 3)

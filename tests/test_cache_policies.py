@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sneakpeek_core import policy as policies
 from sneakpeek_core.cache import KVCache
-from sneakpeek_core.policy import CachePolicy, Policy
+from sneakpeek_core.policy import CachePolicy, Content, Policy
 from sneakpeek_core.sampler import Rollout
 from tests.driven_cache import Driver, same, state_of
 from tests.small import conditioner, settings, small_model, start, steps, stream
@@ -39,12 +39,12 @@ def test_an_eviction_hook_may_rewrite_the_sink(monkeypatch):
     anew, with nothing changed outside the table."""
     share = 0.25
 
-    def absorb(cache: KVCache, evicted: tuple[int, ...]) -> None:
-        (sink,) = cache.slots([0])
-        for slot in cache.slots(evicted):
-            for stored in (cache.keys, cache.values):
-                stored[:, :, sink].lerp_(stored[:, :, slot], share)
-        cache.invalidate([sink])
+    def absorb(read: Callable[[int], Content], evicted: tuple[int, ...]) -> dict[int, Content]:
+        keys, values = read(0)
+        for frame in evicted:
+            gone = read(frame)
+            keys, values = keys.lerp(gone[0], share), values.lerp(gone[1], share)
+        return {0: (keys, values)}
 
     monkeypatch.setitem(policies.POLICIES, "ema", Policy(policies.sink_and_window, absorb))
     driver = Driver(policy=CachePolicy(sink=1, window=4, positions="relative", policy="ema"))
@@ -72,9 +72,10 @@ def test_evicted_frames_can_be_read_in_the_hook(monkeypatch):
     def newest(policy: CachePolicy, frames: Sequence[int], chunk: int) -> tuple[int, ...]:
         return tuple(f for f in frames if f == 0 or f == frames[-1])
 
-    def look(cache: KVCache, evicted: tuple[int, ...]) -> None:
-        for frame, slot in zip(evicted, cache.slots(evicted), strict=True):
-            seen[frame] = cache.values[:, :, slot].clone()
+    def look(read: Callable[[int], Content], evicted: tuple[int, ...]) -> dict[int, Content]:
+        for frame in evicted:
+            seen[frame] = read(frame)[1].clone()
+        return {}
 
     monkeypatch.setitem(policies.POLICIES, "newest", Policy(newest, look))
     driver = Driver(policy=CachePolicy(window=6, positions="relative", policy="newest"))
@@ -91,9 +92,10 @@ def test_commit_is_all_or_nothing(kind: type[BaseException], monkeypatch):
     """An exception in an eviction hook leaves the cache where it was; committing again works."""
     failing = [True]
 
-    def hook(cache: KVCache, evicted: tuple[int, ...]) -> None:
+    def hook(read: Callable[[int], Content], evicted: tuple[int, ...]) -> dict[int, Content]:
         if failing[0]:
             raise kind
+        return {}
 
     keep = policies.sink_and_window
     monkeypatch.setitem(policies.POLICIES, "fragile", Policy(keep, hook))
@@ -103,12 +105,12 @@ def test_commit_is_all_or_nothing(kind: type[BaseException], monkeypatch):
     chunk = driver.new(2)
     driver.write(chunk)
     with pytest.raises(kind):
-        driver.cache.commit([2, 3], driver.policy, 2)
+        driver.cache.commit(driver.cache.settle([2, 3], driver.policy, 2))
     assert same(before, state_of(driver.cache))
     driver.check()
     driver.write(chunk)
     failing[0] = False
-    driver.cache.commit([2, 3], driver.policy, 2)
+    driver.cache.commit(driver.cache.settle([2, 3], driver.policy, 2))
     driver.made += chunk
     assert driver.cache.frames == (0, 2, 3)
     driver.check()
@@ -123,10 +125,12 @@ def test_commit_of_both_branches_is_all_or_nothing(monkeypatch):
     def run(fail_at: int) -> tuple[tuple, tuple]:
         calls[0] = 0
 
-        def hook(cache: KVCache, evicted: tuple[int, ...]) -> None:
+        def hook(read: Callable[[int], Content], evicted: tuple[int, ...]) -> dict[int, Content]:
             calls[0] += 1
             if calls[0] == fail_at:
                 raise RuntimeError("interrupted")
+            (sink, values) = read(0)  # once more would be twice too much
+            return {0: (sink * 1.5, values * 0.5)}
 
         keep = policies.sink_and_window
         monkeypatch.setitem(policies.POLICIES, "fragile", Policy(keep, hook))

@@ -18,6 +18,7 @@ from sneakpeek_core.model.forward import (
     Extend,
     Host,
     TextRun,
+    _embed_patches,
     check_tree,
     sdpa,
     text_layers,
@@ -294,8 +295,10 @@ def test_bfloat16_runs_and_is_close(tree):
 
 def fake_tree(channels: int = 16, **more: Any) -> SimpleNamespace:
     cross = SimpleNamespace(**more.pop("cross", {}))
-    weight = torch.empty(128, channels, 1, 2, 2, device="meta")
+    weight = torch.empty(more.pop("dim", 128), channels, 1, 2, 2, device="meta")
+    rest = ("text_embedding", "time_embedding", "time_projection", "head")
     return SimpleNamespace(
+        **dict.fromkeys(rest, object()),
         blocks=[SimpleNamespace(cross_attn=cross)],
         patch_embedding=SimpleNamespace(weight=weight),
         **more,
@@ -309,8 +312,11 @@ def fake_tree(channels: int = 16, **more: Any) -> SimpleNamespace:
         (fake_tree(cross={"k_img": object()}), "k_img: it attends to CLIP image tokens; use a"),
         (fake_tree(36), "takes 36 latent channels, not 16; use a Wan 2.1 text-to-video"),
         (fake_tree(48), "takes 48 latent channels, not 16; use a Wan 2.1 text-to-video"),
+        (fake_tree(dim=320), "320 wide, no multiple of 128; use a Wan 2.1 text-to-video"),
+        (fake_tree(vace_blocks=object()), "vace_blocks: it is VACE, .* frames; use a Wan 2.1"),
+        (torch.nn.Linear(2, 2), "a Linear has no patch_embedding, so it is no Wan tree; use a"),
     ],
-    ids=["img_emb", "k_img", "36", "48"],
+    ids=["img_emb", "k_img", "36", "48", "width", "vace", "linear"],
 )
 def test_other_kinds_of_models_are_refused_in_words(tree, words: str):
     """Image-to-video and other latent spaces are refused by what was found, with what to use."""
@@ -360,7 +366,7 @@ def test_rope_is_complex_multiplication(positions: list[float]):
     rope = rope_for(positions, 3, 4, head_dim=128)
     ours = rotate(x.flatten(0, 2).unsqueeze(0), rope)
     expected = turned(x, positions).flatten(0, 2).unsqueeze(0)
-    assert rope.cos.shape == (len(positions) * 12, 1, 64)
+    assert rope.turns.shape == (len(positions) * 12, 1, 64)
     assert (ours - expected).abs().max() < 2e-6
 
 
@@ -393,3 +399,27 @@ def test_odd_edges_wrap_round(tree):
     text, timesteps = normal(1, 3, SMALL.text_dim, seed=24), torch.full((1, 1), 700.0)
     small, large = (ours_of(tree, part, timesteps, text) for part in (x, wrapped))
     assert torch.equal(small, large[..., :5, :7])
+
+
+class OnUse(torch.nn.Module):
+    """A layer as hosts make them: weights in a storage dtype, cast to what comes in."""
+
+    def __init__(self, layer: torch.nn.Module, storage: torch.dtype):
+        super().__init__()
+        self.layer = layer
+        self.weight = layer.weight.to(storage)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32, "the layer computes in what it is given"
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.uint8])
+@torch.no_grad()
+def test_a_host_may_store_weights_in_any_dtype(storage: torch.dtype):
+    """Latents are never rounded to the storage dtype of a quantised patch embedding."""
+    tree = random_transformer(ModelConfig(dim=128, ffn_dim=128, layers=1, text_dim=8), 0)
+    x = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = _embed_patches(tree, x, torch.float32)
+    tree.patch_embedding = OnUse(tree.patch_embedding, storage)  # type: ignore[assignment]
+    assert torch.equal(_embed_patches(tree, x, torch.float32), expected)

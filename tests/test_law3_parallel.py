@@ -89,7 +89,7 @@ def sequential(
         x = torch.randn(BATCH, 16, len(frames), CELLS, CELLS, generator=rng)
         sigmas = low + (high - low) * torch.rand(BATCH, len(frames), generator=rng)
         rope = kv.rope([float(frame.frame) for frame in frames])
-        branch = Branch([text_at(texts, frame.frame) for frame in frames], view)
+        branch = Branch([text_at(texts, frame.frame) for frame in frames], view, {})
         calls.append(Call(frames, x, sigmas, denoiser.flow(x, sigmas, rope, [branch])))
 
     plan = -1
@@ -119,7 +119,7 @@ def sequential(
         kv.arrange(past, [float(key.frame) for key in kv.future])
         clean = [Frame("clean", f, number) for f in frames]
         run(clean, kv.view(len(frames), keep=True), 0.0, 0.0)
-        kv.commit(frames, policy, chunk)
+        kv.commit(kv.settle(frames, policy, chunk))
     return calls, kept
 
 
@@ -133,7 +133,7 @@ def parallel(denoiser: Denoiser, calls: list[Call], kept, joint: bool) -> Tensor
     rope = rope_for([float(frame.frame) for frame in frames], 2, 2, head_dim=128)
     texts = row_texts()
     extend = MaskedExtend(frame_mask(frames, kept, joint=joint), 4)
-    branch = Branch([text_at(texts, frame.frame) for frame in frames], extend)
+    branch = Branch([text_at(texts, frame.frame) for frame in frames], extend, {})
     x = torch.cat([call.x_BCFHW for call in calls], dim=2)
     sigmas = torch.cat([call.sigmas_BF for call in calls], dim=1)
     return denoiser.flow(x, sigmas, rope, [branch])
@@ -204,7 +204,7 @@ def test_the_parallel_forward_is_the_rollout(mode: str):
     sigmas = torch.tensor([sigma for _, _, _, sigmas, _ in rollout.seen for sigma in sigmas])
     expected = torch.cat([clean for *_, clean in rollout.seen], dim=2)
     extend = MaskedExtend(frame_mask(frames, kept, joint=mode == "joint"), 4)
-    branch = Branch([conditioning.text_of(frame.frame) for frame in frames], extend)
+    branch = Branch([conditioning.text_of(frame.frame) for frame in frames], extend, {})
     rope = rope_for([float(frame.frame) for frame in frames], 2, 2, head_dim=128)
     clean = model().denoiser(x, sigmas[None], rope, [branch])
     assert {frame.kind for frame in frames} == {"clean", "open", "future"}

@@ -24,12 +24,14 @@ from sneakpeek_core.journal import read
 from sneakpeek_core.model.initial import random_vae
 from sneakpeek_core.policy import CachePolicy
 from sneakpeek_core.recording import keep_journal, resume
+from sneakpeek_core.schedule import Schedule
+from sneakpeek_core.settings import SamplerSettings
 from sneakpeek_core.shapes import frames_of
 from sneakpeek_core.stream import VideoStream
 from sneakpeek_core.vae.streaming import StreamingDecoder
 from sneakpeek_core.video import VideoWriter
 from tests.laws import FPS, LONG, continued, decodable_frames, small_stream, vae
-from tests.small import JOINT, SIGMAS, SIZE, latents_of, model, settings, steps
+from tests.small import JOINT, SIGMAS, SIZE, TEXT_DIM, goal, latents_of, model, settings, steps
 
 ROOT = Path(__file__).parents[1]
 SAVED_CASES = {
@@ -77,6 +79,38 @@ def test_a_saved_cache_goes_on_in_a_new_process(tmp_path: Path):
     assert child.returncode == 0
     for key, latents in expected.items():
         assert torch.equal(load_file(tmp_path / f"{key}.latents")["latents"], latents), key
+
+
+@pytest.mark.parametrize("options", [settings(), settings(guidance=JOINT)], ids=["plan", "joint"])
+def test_steps_that_share_an_embedding_go_on_sharing_it(tmp_path: Path, options: SamplerSettings):
+    """Law 5 where steps share one tensor of their own: by cache, by file and by journal."""
+    shared = torch.randn(1, 5, TEXT_DIM, generator=torch.Generator().manual_seed(1))
+    one, two, three = steps("[1s] lift it", "[1s] turn it", "[1s] put it down").steps
+    same_goal = goal(3)
+    schedule = Schedule(
+        (
+            replace(one, embeds=shared, goal=same_goal), replace(two, embeds=shared),
+            replace(three, embeds=shared, goal=same_goal),
+        )
+    )  # fmt: skip
+    expected = latents_of(small_stream(options, schedule))
+    source = small_stream(options, schedule)
+    keep_journal(source, tmp_path / "x.journal")
+    source.chunk(1)
+    source.close()
+    frozen = source.freeze()
+    frozen.save(tmp_path / "x.cache")
+    loaded = FrozenCache.load(tmp_path / "x.cache")
+    for cache in (frozen, loaded):
+        first, *others = cache.conditioning.texts
+        assert all(text is first for text in others)
+        assert cache.conditioning.goals[0] is cache.conditioning.goals[2] is not None
+        assert torch.equal(latents_of(continued(cache)), expected[:, :, 3:])
+    names = [name for name in load_file(tmp_path / "x.cache") if name.startswith(("text", "goal"))]
+    assert sorted(names) == ["goal.0", "text.0"]
+    again = resume(tmp_path / "x.journal", model(), Conditioner(fps=FPS))
+    again.close()
+    assert torch.equal(latents_of(again), expected)
 
 
 def test_a_plan_outlives_the_freeze(tmp_path: Path):
@@ -133,7 +167,7 @@ def test_a_killed_recording_plays_and_goes_on(tmp_path: Path):
         assert child.returncode == -signal.SIGKILL, (attempt, last)
         assert announced == list(range(len(announced))), (attempt, last)
         assert decodable_frames(tmp_path / name) >= frames_of(1 + 2 * announced[-1])
-        records, _ = read(tmp_path / "video.journal")
+        records = list(read(tmp_path / "video.journal"))
         assert len(records) >= 2 + announced[-1], "an announced chunk is not in the journal"
         at_least = announced[-1]
     with in_new_process(record, tmp_path, "2.mp4", "again") as child:
@@ -142,7 +176,7 @@ def test_a_killed_recording_plays_and_goes_on(tmp_path: Path):
     assert child.returncode == 0
     assert torch.equal(load_file(tmp_path / "latents")["latents"], expected)
     assert decodable_frames(tmp_path / "2.mp4") == frames_of(25)
-    assert len(read(tmp_path / "video.journal")[0]) == 1 + 13
+    assert len(list(read(tmp_path / "video.journal"))) == 1 + 13
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

@@ -23,12 +23,12 @@ LAYOUT = {
     "schedule": "shapes",
     "edits": "schedule",
     "guidance": "schedule",
-    "policy": "",
-    "settings": "guidance policy",
+    "policy": "schedule",
+    "settings": "guidance policy schedule",
     # what samples
     "sigmas": "",
     "noise": "torch",
-    "conditioning": "torch schedule",
+    "conditioning": "torch schedule shapes",
     "cache": "torch policy model.rope",
     "denoiser": "torch sigmas model.forward model.rope",
     "sampler": "torch cache conditioning denoiser guidance model.rope noise policy settings shapes"
@@ -42,7 +42,7 @@ LAYOUT = {
     "start": "torch shapes",
     "stream": "torch cache conditioning denoiser edits frozen latent_store model.config sampler"
     " schedule settings shapes start",
-    "recording": "conditioning frozen journal records stream",
+    "recording": "torch conditioning frozen journal records schedule shapes stream",
     # what shows: knows latents and frames, never sigmas
     "mp4": "av",
     "video": "torch numpy av mp4",
@@ -97,8 +97,8 @@ LAYOUT = {
     " cli.endings cli.jobs",
     "cli.estimate": "__init__ shapes cli.order",
 }
-# Imported for annotations only: torch in a file without it, and one circle.
-FOR_TYPES = {"policy": "cache", "sigmas": "torch"}
+# Imported for annotations only, in files that run without it.
+FOR_TYPES = {"policy": "torch", "sigmas": "torch"}
 FILES = {
     ".".join(path.relative_to(CORE).with_suffix("").parts): path for path in CORE.rglob("*.py")
 }

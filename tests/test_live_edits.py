@@ -140,6 +140,26 @@ def test_an_edit_that_comes_too_late_is_refused_where_it_lands(late: tuple[str, 
     assert [entry["steps"] for entry in source.landed] == [fine.schedule.to_text()]
 
 
+def test_an_encoder_that_fails_refuses_the_edit_and_nothing_else():
+    """Whatever an encoder raises is the edit's end, not the stream's; an interrupt is neither."""
+    changed = steps(*THREE[:2], "[1s] sing")
+    source = small_stream()
+    source.chunk(1)
+
+    def broken(texts: list[str]) -> list[torch.Tensor]:
+        raise error
+
+    source.conditioner.encode = broken
+    error: BaseException = KeyboardInterrupt()
+    edit = source.edit(changed)
+    with pytest.raises(KeyboardInterrupt):
+        source.chunk(2)
+    assert edit.state == "waiting"
+    error = RuntimeError("the encoder died")
+    assert same(list(source), list(small_stream()))
+    assert (edit.state, edit.message) == ("refused", "the encoder died")
+
+
 def test_an_edit_cannot_leave_the_trained_span():
     """Positions that are pinned cannot grow beyond the span: the edit is refused in words."""
     options = settings(policy=CachePolicy(sink=1, window=4))
@@ -173,7 +193,7 @@ def test_edits_survive_the_journal(tmp_path: Path):
             keep_journal(source, path)
         source.chunk(5)
         source.close()
-        assert len(read(path)[0]) == 1 + 6 + 2
+        assert len(list(read(path))) == 1 + 6 + 2
         again = resume(path, model(), conditioner(encode=None))
         again.close()
         assert again.landed == source.landed

@@ -6,6 +6,7 @@ import math
 import random
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -238,6 +239,13 @@ def test_a_step_too_short_to_show_is_refused():
         Timeline.of(schedule((1, "a"), (0.05, "b"), (1, "c")), FPS)
     with pytest.raises(ValueError, match=r"step 1 lasts 0.1 s, less than one latent frame"):
         Timeline.of(schedule((0.1, "a")), FPS)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e308, "16", True, None])
+def test_impossible_frame_rates_are_refused(fps: Any):
+    """A frame rate is a finite number above 0 and at most 1000."""
+    with pytest.raises(ValueError, match=r"fps .* is not allowed; use more than 0, up to 1000"):
+        Timeline.of(schedule((1, "a")), fps)
 
 
 def test_one_latent_frame_is_always_enough():

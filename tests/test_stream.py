@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import re
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +14,13 @@ import torch
 
 from sneakpeek_core.policy import CachePolicy
 from sneakpeek_core.recording import keep_journal, resume
+from sneakpeek_core.schedule import Schedule
 from sneakpeek_core.stream import Chunk, GenerationError, VideoStream
 from tests.small import (
     GUIDANCE,
     JOINT,
     RELATIVE,
+    TEXT_DIM,
     THREE,
     conditioner,
     latents_of,
@@ -51,6 +56,56 @@ def test_a_stream_samples_once_however_it_is_pulled():
     assert third is not None and same([third], expected[3:4])
     assert source.chunk(len(expected)) is None
     assert len(passes) == len(expected_passes)
+
+
+def test_what_is_handed_out_and_in_may_be_written_to():
+    """A consumer that writes to its chunks, to the start or to its texts changes no video."""
+    schedule, image = with_embeds(torch.ones(1, 3, TEXT_DIM)), start()
+    source, twin = (
+        VideoStream(model(), conditioner(), schedule, settings(), width=32, height=32, start=image)
+        for _ in range(2)
+    )
+    expected = latents_of(source)
+    twin.chunk(1)
+    frozen = twin.freeze()
+    frozen_texts = [text.clone() for text in frozen.conditioning.texts]
+    image.zero_()
+    made = []
+    for chunk in twin:
+        made.append(chunk.latents_BCFHW.clone())
+        chunk.latents_BCFHW.zero_()
+    assert torch.equal(torch.cat(made, dim=2), expected)
+    schedule.steps[0].embeds.zero_()
+    assert all(map(torch.equal, frozen.conditioning.texts, frozen_texts))
+    assert frozen.conditioning.schedule.steps[0].embeds is frozen.conditioning.texts[0]
+
+
+def test_a_conditioner_is_left_as_it_was(tmp_path: Path):
+    """Going on from a cache or a journal teaches the caller's conditioner nothing."""
+    source = small_stream()
+    keep_journal(source, tmp_path / "x.journal")
+    source.chunk(1)
+    source.close()
+    given = conditioner(negative=None, fps=16.0)
+    VideoStream.continue_from(source.freeze(), model(), given, settings())
+    assert (given.negative, given.known) == (None, {})
+    given.fps = 8.0
+    resume(tmp_path / "x.journal", model(), given).close()
+    assert (given.negative, given.known, given.fps) == (None, {}, 8.0)
+
+
+def test_a_dropped_stream_frees_its_caches_at_once():
+    """No circle of references keeps gigabytes alive until a garbage collection."""
+    source = small_stream()
+    source.chunk(1)
+    assert source.rollout is not None
+    kept = weakref.ref(source.rollout.caches[0])
+    gc.disable()
+    try:
+        del source
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_share_one_sampling():
@@ -129,6 +184,19 @@ def test_a_start_image_is_never_evicted():
     latents_of(source)
     assert source.settings.policy.sink == 1
     assert source.freeze().frames[0] == 0
+
+
+def test_the_settings_of_a_start_image_go_on_from_its_cache():
+    """Settings without a sink that made a video from an image also continue its cache."""
+    options = settings(policy=replace(RELATIVE, sink=0))
+    source = small_stream(options)
+    source.chunk(2)
+    after = continued(source.freeze(), options=options)
+    assert after.settings == source.settings != options
+    assert same(list(source)[3:], [c._replace(number=c.number + 3) for c in after])
+    plain = small_stream(options, image=False)
+    plain.chunk(2)
+    assert continued(plain.freeze(), options=options).settings == options
 
 
 def test_going_on_behind_a_trimmed_chunk():
@@ -225,6 +293,79 @@ def test_nan_from_the_weights_is_said_at_the_first_chunk():
     assert (len(source), source.made) == (0, 0)
 
 
+NAN = float("nan")
+BAD_PARTS = {
+    "2d text": ({"embeds": torch.ones(3, TEXT_DIM)}, "step 1 is embedded as (3, 32), not [1, tok"),
+    "width": ({"embeds": torch.ones(1, 3, 33)}, "(1, 3, 33), not [1, tokens, 32]; use the text en"),
+    "rows": ({"embeds": torch.ones(3, 3, TEXT_DIM)}, "(3, 3, 32), not [1, tokens, 32]"),
+    "no tokens": ({"embeds": torch.ones(1, 0, TEXT_DIM)}, "(1, 0, 32), not"),
+    "whole": ({"embeds": torch.ones(1, 3, TEXT_DIM, dtype=torch.long)}, "not all finite fractions"),
+    "nan": ({"embeds": torch.full((1, 3, TEXT_DIM), NAN)}, "step 1 is not all finite fractions"),
+    "goal size": ({"goal": torch.ones(1, 16, 1, 8, 8)}, "goal of step 1 is (1, 16, 1, 8, 8), not"),
+    "goal frames": ({"goal": torch.ones(1, 16, 2, 4, 4)}, "not [1, 16, 1, 4, 4]; encode a picture"),
+    "goal rows": ({"goal": torch.ones(2, 16, 1, 4, 4)}, "goal of step 1 is (2, 16, 1, 4, 4)"),
+    "goal nan": ({"goal": torch.full((1, 16, 1, 4, 4), NAN)}, "the goal of step 1 is not all fin"),
+}
+
+
+def with_embeds(embeds: torch.Tensor) -> Schedule:
+    first, *rest = steps(*THREE).steps
+    return Schedule((replace(first, embeds=embeds), *rest))
+
+
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_texts_and_goals_that_do_not_fit_are_refused_in_words(name: str):
+    """Checked before any sampling, and before an edit lands: the stream goes on without it."""
+    parts, message = BAD_PARTS[name]
+    first, *rest = steps(*THREE).steps
+    bad = Schedule((replace(first, **parts), *rest))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small_stream(schedule=bad)
+    source = small_stream()
+    edit = source.edit(Schedule((*steps(*THREE).steps[:2], replace(rest[1], **parts))))
+    assert same(list(source), list(small_stream()))
+    assert edit.state == "refused" and message.replace("step 1", "step 3") in edit.message
+
+
+def test_a_negative_text_that_does_not_fit_is_refused_in_words():
+    """The negative text is checked like the others."""
+    with pytest.raises(ValueError, match="the negative text is embedded as"):
+        VideoStream(
+            model(), conditioner(negative=torch.ones(1, 2, 9)), steps(*THREE), settings(cfg=2.0),
+            width=32, height=32,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (start()[:, :, :0], "has 0 latent frames, the video 13; give it 1 to 13"),
+        (start(14), "has 14 latent frames, the video 13"),
+        (start()[0], "latents are (16, 1, 4, 4), not (1, 16, 1, 4, 4); resize"),
+        (start() * NAN, "not all finite fractions; encode it again"),
+        (start().long(), "not all finite fractions; encode it again"),
+    ],
+    ids=["none", "long", "4d", "nan", "whole"],
+)
+def test_a_start_that_does_not_fit_is_refused_in_words(latents: torch.Tensor, message: str):
+    """A start is 1 latent frame to the whole video, of finite numbers."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VideoStream(
+            model(), conditioner(), steps(*THREE), settings(), width=32, height=32, start=latents
+        )
+
+
+def test_a_cache_takes_no_start():
+    """A continuation begins with the end of the cache."""
+    source = small_stream()
+    source.chunk(1)
+    with pytest.raises(ValueError, match="goes on from its own end; leave the start out"):
+        VideoStream(
+            model(), conditioner(), steps(*THREE), settings(), width=32, height=32, start=start(),
+            cache=source.freeze(),
+        )  # fmt: skip
+
+
 MISMATCHES = {
     "another model": (lambda: {"model": small_model(seed=1)}, "made with another model"),
     "chunk": (lambda: {"options": settings(chunk=3)}, "made with chunk 2, not 3; use 2"),
@@ -243,6 +384,10 @@ MISMATCHES = {
     "positions": (
         lambda: {"options": settings(policy=replace(RELATIVE, positions="absolute"))},
         "made with positions relative, not absolute; use relative",
+    ),
+    "context sigma": (
+        lambda: {"options": settings(context_sigma=0.1)},
+        "made with context sigma 0, not 0.1; use 0",
     ),
     "cfg": (lambda: {"options": settings(cfg=3.0)}, "made with cfg 1, not above 1"),
     "batch": (lambda: {"options": settings(seeds=(0, 1))}, "made with a batch of 1, not 2; use 1"),
@@ -280,7 +425,6 @@ def test_steps_seed_sigmas_and_guidance_may_differ():
         settings(guidance=JOINT),
         settings(guidance=replace(GUIDANCE, count=4)),
         settings(span=12),
-        settings(context_sigma=0.1),
         settings(solver="euler"),
     ):
         made = latents_of(continued(frozen, options=options))
@@ -316,3 +460,18 @@ def test_a_journal_that_does_not_fit_is_refused_in_words(tmp_path: Path):
     again = resume(tmp_path / "after.journal", model(), conditioner(), frozen)
     again.close()
     assert same(list(again), list(continued(frozen)))
+
+
+@torch.no_grad()
+def test_changed_weights_change_the_next_generation():
+    """What a text costs is kept for one generation: a stream made after training or patching the
+    same tree sees the new cross-attention."""
+    own = small_model()
+    before = latents_of(stream(steps(*THREE), model=own))
+    for block in own.denoiser.tree.blocks:
+        block.cross_attn.v.weight.mul_(-1.0)
+    after = latents_of(stream(steps(*THREE), model=own))
+    assert not torch.equal(before, after)
+    fresh = small_model()
+    fresh.denoiser.tree.load_state_dict(own.denoiser.tree.state_dict())
+    assert torch.equal(after, latents_of(stream(steps(*THREE), model=fresh)))

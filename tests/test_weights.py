@@ -252,7 +252,7 @@ def test_random_weights_react_to_text_time_and_neighbouring_frames():
     text, edited = torch.randn(2, 1, 5, SMALL.text_dim, generator=rng)
 
     def first_frame(x: Tensor, sigma: float, text: Tensor) -> Tensor:
-        branch = Branch([text] * 2, lambda layer, k, v, rope: (rotate(k, rope), v, None))
+        branch = Branch([text] * 2, lambda layer, k, v, rope: (rotate(k, rope), v, None), {})
         return denoiser.flow(x, torch.tensor([[sigma, 0.5]]), rope, [branch])[:, :, :1]
 
     base = first_frame(x, 0.5, text)

@@ -71,10 +71,13 @@ def _whole(path: Path, rows: Callable[[Path], list[_Row]]) -> list[_Row]:
 
 
 def _journal(path: Path) -> list[_Row]:
-    (start, *rest), _ = read(path)
-    header = start.header
-    edits = [record.header["schedule"] for record in rest if record.kind == "journal-edit"]
-    chunks = [r.tensors["latents"].shape[2] for r in rest if r.kind == "journal-chunk"]
+    records = read(path)
+    header, edits, chunks = next(records).header, [], []
+    for record in records:
+        if record.kind == "journal-edit":
+            edits.append(record.header["schedule"])
+        elif record.kind == "journal-chunk":
+            chunks.append(record.tensors["latents"].shape[2])
     schedule = _schedule(edits[-1] if edits else header["schedule"])
     video = path.with_name(path.name.removesuffix(JOURNAL))
     also = " (what it continues is not counted)" if header["cache"] else ""

@@ -15,7 +15,7 @@ from .. import __version__
 from ..assembly import Parts, conditioner_for, encode_picture, load_parts
 from ..estimate import check_cache_fits, free_bytes
 from ..frozen import FrozenCache
-from ..journal import read as read_journal
+from ..journal import first_record
 from ..mp4 import probe
 from ..recording import keep_journal, resume
 from ..records import settings_to_json
@@ -118,7 +118,7 @@ def resumed(options: argparse.Namespace) -> Job:
     if video.suffix == JOURNAL:
         video = video.with_suffix("")
     journal = journal_of(video)
-    _take_over(options, read_journal(journal)[0][0].header.get("origin"), journal)
+    _take_over(options, first_record(journal).header.get("origin"), journal)
     options.out, options.overwrite = video, True
     _check_outputs(options)
     parts = load_parts(
@@ -128,7 +128,7 @@ def resumed(options: argparse.Namespace) -> Job:
     conditioner = conditioner_for(parts, parts.preset.fps, SMALL_SIZE, None)
     stream = resume(journal, parts.model, conditioner, cache)
     try:
-        writer = _writer(options, (stream.width, stream.height), conditioner.fps)
+        writer = _writer(options, (stream.width, stream.height), stream.conditioner.fps)
     except BaseException:
         stream.close()
         raise

@@ -41,6 +41,15 @@ def cast_like(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.to(dtype=x.dtype, device=x.device)
 
 
+def patch_dtype(weight: Tensor) -> torch.dtype:
+    """Return what patches are embedded in: the weight's own dtype, if it is one to compute in.
+
+    Quantised weights (fp8, GGUF's bytes) are cast by their layer to whatever comes in.
+    """
+    computes = (torch.float32, torch.bfloat16, torch.float16)
+    return weight.dtype if weight.dtype in computes else torch.float32
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """What the surroundings provide: attention, and how a bare parameter is brought to `x`."""
@@ -57,16 +66,37 @@ class TextRun(NamedTuple):
     layers: Layers
 
 
+# Attributes that change what a Wan tree computes, and what they make of it.
+_OTHER_KINDS = {
+    "img_emb": "Wan image-to-video (CLIP image)",
+    "vace_blocks": "VACE, which needs control frames",
+    "vace_patch_embedding": "VACE, which needs control frames",
+    "control_adapter": "a camera-control model",
+    "ref_conv": "a Fun-Control model, which needs a reference image",
+    "casual_audio_encoder": "an audio-driven model",
+    "motion_encoder": "an animation model",
+}
+_NEEDED = (
+    "patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head",
+)  # fmt: skip
+
+
 def check_tree(tree: Any) -> None:
     """Raise `ValueError` when the tree is of a kind that cannot be streamed."""
     fix = "use a Wan 2.1 text-to-video (causal) checkpoint"
-    if getattr(tree, "img_emb", None) is not None:
-        raise ValueError(f"the model has img_emb: it is Wan image-to-video (CLIP image); {fix}")
+    for name, kind in _OTHER_KINDS.items():
+        if getattr(tree, name, None) is not None:
+            raise ValueError(f"the model has {name}: it is {kind}; {fix}")
+    for name in _NEEDED:
+        if not hasattr(tree, name):
+            raise ValueError(f"a {type(tree).__name__} has no {name}, so it is no Wan tree; {fix}")
     if hasattr(tree.blocks[0].cross_attn, "k_img"):
         raise ValueError(f"the model has k_img: it attends to CLIP image tokens; {fix}")
-    channels = tree.patch_embedding.weight.shape[1]
+    dim, channels = tree.patch_embedding.weight.shape[:2]
     if channels != LATENT_CHANNELS:
         raise ValueError(f"the model takes {channels} latent channels, not 16; {fix}")
+    if dim % HEAD_DIM:
+        raise ValueError(f"the model is {dim} wide, no multiple of {HEAD_DIM}; {fix}")
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -143,8 +173,7 @@ def _embed_patches(tree: Any, x_BCFHW: Tensor, dtype: torch.dtype) -> Tensor:
     if height % PATCH or width % PATCH:
         pad = (0, -width % PATCH, 0, -height % PATCH, 0, 0)
         x_BCFHW = nnf.pad(x_BCFHW, pad, mode="circular")
-    # Hosts keep this one layer in float32 whatever they compute in.
-    embedded = tree.patch_embedding(x_BCFHW.to(tree.patch_embedding.weight.dtype))
+    embedded = tree.patch_embedding(x_BCFHW.to(patch_dtype(tree.patch_embedding.weight)))
     return rearrange(embedded, "b c f h w -> b f (h w) c").to(dtype)
 
 

@@ -61,13 +61,20 @@ def frame_mask(
 
 
 class MaskedExtend:
-    """An `Extend` for `velocity`: self-attention among the call's own frames, under a mask."""
+    """An `Extend` for `velocity`: self-attention among the call's own frames, under a mask.
+
+    `mask_FF` is over frames; it is spread over tokens once, on the device of the first keys.
+    """
 
     def __init__(self, mask_FF: Tensor, tokens_per_frame: int):
-        per_token = mask_FF.repeat_interleave(tokens_per_frame, 0)
-        self._mask = per_token.repeat_interleave(tokens_per_frame, 1)[None, None]
+        self._mask_FF = mask_FF
+        self._tokens = tokens_per_frame
+        self._mask: Tensor | None = None
 
     def __call__(
         self, layer: int, k_BTND: Tensor, v_BTND: Tensor, rope: Rope
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return rotate(k_BTND, rope), v_BTND, self._mask.to(k_BTND.device)
+        if self._mask is None:
+            spread = self._mask_FF.to(k_BTND.device).repeat_interleave(self._tokens, 0)
+            self._mask = spread.repeat_interleave(self._tokens, 1)[None, None]
+        return rotate(k_BTND, rope), v_BTND, self._mask

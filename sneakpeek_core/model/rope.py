@@ -16,10 +16,9 @@ THETA = 10000.0
 
 
 class Rope(NamedTuple):
-    """Rotation of every token of a call. Both [T, 1, D/2], float32."""
+    """Rotation of every token of a call: unit complex numbers [T, 1, D/2], complex64."""
 
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
 
 
 def band_sizes(head_dim: int) -> tuple[int, int, int]:
@@ -39,27 +38,26 @@ def rope_for(
     """Return the rotation of the tokens of frames at temporal `positions`, frame-major.
 
     `rows` and `columns` count tokens. Angles are made in float64: at position 10,000 a float32
-    angle of the fastest pair would already be off by 1e-3 radians.
+    angle of the fastest pair would already be off by 1e-3 radians. Each axis has its own small
+    table, so the cost does not grow with the number of tokens.
     """
-    bands = band_sizes(head_dim)
-    grids = torch.meshgrid(
+    axes = (
         torch.tensor(list(positions), dtype=torch.float64),
-        torch.arange(rows, dtype=torch.float64),
-        torch.arange(columns, dtype=torch.float64),
-        indexing="ij",
+        torch.arange(rows),
+        torch.arange(columns),
     )
-    angles = torch.cat(
-        [
-            grid.reshape(-1, 1) * THETA ** -(torch.arange(n, dtype=torch.float64) / n)
-            for grid, n in zip(grids, bands, strict=True)
-        ],
-        dim=1,
-    ).unsqueeze(1)
-    return Rope(angles.cos().float().to(device), angles.sin().float().to(device))
+    shape = tuple(len(axis) for axis in axes)
+    tables = []
+    for place, (axis, pairs) in enumerate(zip(axes, band_sizes(head_dim), strict=True)):
+        angles = axis.double()[:, None] * THETA ** -(torch.arange(pairs).double() / pairs)
+        table = torch.complex(angles.cos().float(), angles.sin().float()).to(device)
+        outline = [1, 1, 1]
+        outline[place] = len(axis)
+        tables.append(table.view(*outline, pairs).expand(*shape, pairs))
+    return Rope(torch.cat(tables, dim=-1).flatten(0, 2).unsqueeze(1))
 
 
 def rotate(x_BTND: Tensor, rope: Rope) -> Tensor:
     """Rotate neighbouring pairs of the last axis; arithmetic in float32, result in x's dtype."""
-    even, odd = x_BTND.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x_BTND.dtype)
+    pairs = torch.view_as_complex(x_BTND.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope.turns).flatten(-2).to(x_BTND.dtype)
