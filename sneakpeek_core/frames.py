@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,8 +16,10 @@ from .video import VideoWriter
 class FrameDecoder(Protocol):
     """Turns latents into frames, going on from call to call.
 
-    A call that raises must leave the decoder as it was.
+    `state` is where it is: setting it back to an earlier value goes back there.
     """
+
+    state: Any
 
     def decode(self, latents_BCFHW: Tensor) -> Tensor:
         """Return frames BFHWC in [0, 1]: one for the first latent frame ever, else four each."""
@@ -32,10 +34,18 @@ class FrameChunk(NamedTuple):
     frames_BFHWC: Tensor  # float32 in [0, 1], on the decoder's device
 
 
+class _At(NamedTuple):
+    """Where a cursor is: all of it, so that one assignment moves it."""
+
+    number: int  # of the chunk it is at
+    state: Any  # of the decoder in front of that chunk
+    made: FrameChunk | None  # that chunk, once it is decoded
+
+
 class FrameCursor:
     """Decodes a stream from its beginning, chunk by chunk, on demand.
 
-    `pull` can be called again after any exception: it goes on with the chunk it was at. The
+    Whatever is raised, and wherever, a cursor stays at its chunk and can be asked again. The
     decoder of a continued stream is warmed with the latents before its first chunk; their frames
     belong to the video before and are dropped.
     """
@@ -43,20 +53,35 @@ class FrameCursor:
     def __init__(self, stream: VideoStream, decoder: FrameDecoder):
         self.stream = stream
         self.decoder = decoder
-        self._number = 0
-        self._warm = stream.warm
+        self._at = _At(0, decoder.state, None)
 
-    def pull(self) -> FrameChunk | None:
-        """Return the next chunk's frames, or None behind the end."""
-        chunk = self.stream.chunk(self._number)
+    def peek(self) -> FrameChunk | None:
+        """Return the frames of the chunk it is at, decoding them once; None behind the end."""
+        number, state, made = self._at
+        if made is not None:
+            return made
+        chunk = self.stream.chunk(number)
         if chunk is None:
             return None
-        if self._warm is not None and self._warm.shape[2]:
-            self.decoder.decode(self._warm)
-        self._warm = None
+        self.decoder.state = state
+        warm = self.stream.warm
+        if number == 0 and warm is not None and warm.shape[2]:
+            self.decoder.decode(warm)
         frames = self.decoder.decode(chunk.latents_BCFHW)
-        self._number += 1
-        return FrameChunk(chunk, frames_of(chunk.first), frames)
+        made = FrameChunk(chunk, frames_of(chunk.first), frames)
+        self._at = _At(number, state, made)
+        return made
+
+    def advance(self) -> None:
+        """Go on to the next chunk; what `peek` returned is let go."""
+        if self._at.made is not None:
+            self._at = _At(self._at.number + 1, self.decoder.state, None)
+
+    def pull(self) -> FrameChunk | None:
+        """Return the next chunk's frames and go on, or None behind the end."""
+        made = self.peek()
+        self.advance()
+        return made
 
 
 class Recorder:
@@ -75,17 +100,17 @@ class Recorder:
         self.cursor = cursor
         self.writer = writer
         self.on_chunk = on_chunk
-        self._waiting: FrameChunk | None = None  # decoded, not written yet
+        self._begin = frames_of(cursor.stream.first) - writer.frames
 
     def step(self) -> bool:
         """Make, decode and write one more chunk, then announce it; False behind the end."""
-        if self._waiting is None:
-            self._waiting = self.cursor.pull()
-        if self._waiting is None:
+        made = self.cursor.peek()
+        if made is None:
             return False
-        self.writer.write(self._waiting.frames_BFHWC[0])
-        written, self._waiting = self._waiting, None
-        self.on_chunk(written)
+        if self.writer.frames == made.first - self._begin:  # else an interrupt came after writing
+            self.writer.write(made.frames_BFHWC[0])
+        self.cursor.advance()
+        self.on_chunk(made)
         return True
 
 

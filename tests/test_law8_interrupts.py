@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from sneakpeek_core.frames import FrameChunk, FrameCursor
+from sneakpeek_core import frames
+from sneakpeek_core.frames import FrameChunk, FrameCursor, Recorder
 from sneakpeek_core.recording import keep_journal, resume
 from sneakpeek_core.stream import VideoStream
+from sneakpeek_core.vae import streaming
 from sneakpeek_core.vae.streaming import StreamingDecoder
 from sneakpeek_core.video import VideoWriter
 from tests.interrupts import (
@@ -252,3 +257,61 @@ def test_interrupt_before_anything_was_made():
     after = continued(frozen)
     assert FrameCursor(after, StreamingDecoder(vae())).pull() is not None
     assert torch.equal(latents_of(after), expected)
+
+
+class KeptFrames:
+    """Stands in for a video file: remembers what was written."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Tensor] = []
+
+    @property
+    def frames(self) -> int:
+        return sum(len(chunk) for chunk in self.chunks)
+
+    def write(self, frames_FHWC: Tensor) -> None:
+        self.chunks.append(frames_FHWC)
+
+
+def test_interrupt_between_any_two_lines_of_recording():
+    """Law 8: an exception out of nowhere (a signal's), between any two lines of the cursor, the
+    recorder and the decoder, loses no chunk, repeats none, and changes no frame."""
+    source = small_stream()
+    chunks = list(source)
+    files = {frames.__file__, streaming.__file__}
+
+    def record(at: int) -> tuple[list[Tensor], bool]:
+        lines, kept = 0, KeptFrames()
+        decoder = StreamingDecoder(vae())
+        recorder = Recorder(FrameCursor(source, decoder), cast(VideoWriter, kept))
+
+        def trace(frame: FrameType, event: str, _: object):
+            nonlocal lines
+            if frame.f_code.co_filename not in files:
+                return None
+            lines += event == "line"
+            if lines == at and event == "line":
+                raise Interrupted
+            return trace
+
+        hit, going = False, True
+        before = sys.gettrace()
+        while going:
+            sys.settrace(trace)
+            try:
+                going = recorder.step()
+            except Interrupted:
+                hit = True
+            finally:
+                sys.settrace(before)
+        return kept.chunks, hit
+
+    expected, _ = record(0)
+    assert len(expected) == len(chunks)
+    at, hit = 1, True
+    while hit:
+        made, hit = record(at)
+        assert len(made) == len(expected), f"interrupted at line {at}"
+        assert all(map(torch.equal, made, expected)), f"interrupted at line {at}"
+        at += 11
+    assert at > 50

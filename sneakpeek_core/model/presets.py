@@ -65,7 +65,9 @@ class Preset:
                 f"preset {self.name}: solver {self.solver!r} must be one of {SOLVERS} and "
                 f"positions {self.positions!r} one of {POSITIONS}"
             )
-        assert self.sigmas and self.first_sigmas  # raises for impossible lists
+        for sigmas in (self.sigmas, self.first_sigmas):  # both raise for impossible lists
+            if len(sigmas) < 2:
+                raise ValueError(f"preset {self.name}: no noise levels; give timesteps or steps")
 
     @property
     def sigmas(self) -> tuple[float, ...]:
