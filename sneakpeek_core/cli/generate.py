@@ -48,7 +48,8 @@ def _stream(job: Job, progress: Progress, sheet: StepSheet) -> None:
     """Make, decode and write chunk after chunk."""
 
     def announce(made: FrameChunk) -> None:
-        sheet.add(made)
+        if job.contact_sheet:  # it keeps full frames of every step
+            sheet.add(made)
         progress.chunk(made)
 
     decoder = StreamingDecoder(job.vae, latent_frames_per_step=job.stream.settings.chunk)
