@@ -13,54 +13,58 @@ from .conditioning import Conditioner, Encode
 from .denoiser import Denoiser
 from .model.config import ModelConfig
 from .model.inspect import Description, describe
-from .model.presets import PRESETS, Preset
-from .model.transformer import WanTransformer
-from .model.weights import (
-    load_transformer,
-    load_vae,
-    random_transformer,
-    random_vae,
-    weights_fingerprint,
-)
+from .model.lora import merge_lora
+from .model.presets import Preset
+from .model.weights import load_transformer, load_vae, weights_fingerprint
 from .pictures import fitted, load_picture
 from .processor import has_bf16
 from .schedule import Schedule
 from .stream import Model
-from .text_encoder import load_text_encoder, random_text_encoder
+from .text_encoder import load_text_encoder
 from .vae.streaming import encode_image
 from .vae.wan import WanVAE
 
-# Small enough for a CPU, real in structure. Replaced by trained weights once they ship.
-RANDOM_CONFIG = ModelConfig(dim=256, ffn_dim=1024, layers=4)
-RANDOM_VAE_DIM = 8
-RANDOM_SEED = 0
+EMBEDDED = Path(__file__).parent / "embedded"
+TINY = tuple(EMBEDDED / f"tiny_{part}.safetensors" for part in ("model", "vae", "text_encoder"))
 BIG = 100_000_000  # parameters above which auto picks a half precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Paths of the three parts; all None for the small random ones."""
+    """Paths of the three parts, and of a LoRA on the model.
 
-    model: Path | None = None
-    vae: Path | None = None
+    Without a text encoder, texts must be embedded already.
+    """
+
+    model: Path
+    vae: Path
     text_encoder: Path | None = None
+    lora: Path | None = None
 
-    def __post_init__(self) -> None:
-        given = [p for p in (self.model, self.vae, self.text_encoder) if p is not None]
-        if given and (self.model is None or self.vae is None):
-            missing = "--vae" if self.vae is None else "--model"
+    @classmethod
+    def of(
+        cls,
+        model: Path | None = None,
+        vae: Path | None = None,
+        text_encoder: Path | None = None,
+        lora: Path | None = None,
+    ) -> Files:
+        """Return the files that were given; without a model, the tiny one that is embedded here.
+
+        `ValueError` for half a pair, and for a file that is not there.
+        """
+        if model is vae is text_encoder is None:
+            model, vae, text_encoder = TINY
+        if model is None or vae is None:
+            missing = "--vae" if vae is None else "--model"
             raise ValueError(
                 f"{missing} is missing: a model and its VAE belong together; give both"
             )
-        for name, path in (
-            ("model", self.model), ("vae", self.vae), ("text encoder", self.text_encoder),
-        ):  # fmt: skip
+        files = {"model": model, "vae": vae, "text encoder": text_encoder, "lora": lora}
+        for name, path in files.items():
             if path is not None and not path.exists():
                 raise ValueError(f"{name} {path} does not exist; check the path")
-
-    @property
-    def random(self) -> bool:
-        return self.model is None
+        return cls(model=model, vae=vae, text_encoder=text_encoder, lora=lora)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +83,6 @@ class Outline:
 
 def outline_of(files: Files) -> Outline:
     """Read the headers; `ValueError` in words when a file is not what it is given as."""
-    if files.model is None or files.vae is None:
-        with torch.device("meta"):
-            tree = WanTransformer(RANDOM_CONFIG)
-        count = sum(parameter.numel() for parameter in tree.parameters())
-        preset = replace(PRESETS["tiny"], recognised_by="being made here")
-        return Outline(
-            config=RANDOM_CONFIG, preset=preset, parameters=count, vae_dim=RANDOM_VAE_DIM
-        )
     model, vae = _described("model", files.model), _described("vae", files.vae)
     if model.config is None or model.preset is None or not model.streamable:
         raise ValueError(f"model {model.path.name} is {model.label}: {model.problem}")
@@ -127,18 +123,14 @@ def load_parts(files: Files, *, device: torch.device, dtype: torch.dtype | None 
 
     `ValueError` in words when a file is not what it should be or the parts do not fit together.
     """
-    encode: Encode | None
     outline = outline_of(files)
     config, preset, dtype = outline.config, outline.preset, outline.dtype(dtype)
-    if files.model is None or files.vae is None:
-        tree = random_transformer(config, RANDOM_SEED).to(device, dtype)
-        vae = random_vae(RANDOM_VAE_DIM, RANDOM_SEED).to(device)
-        encode = random_text_encoder(RANDOM_SEED)
-    else:
-        tree = load_transformer(files.model, dtype=dtype, device=device).tree
-        vae = load_vae(files.vae, vae_dtype(dtype, device), device)
-        path = files.text_encoder
-        encode = load_text_encoder(path, dtype=_rough(dtype)) if path else None
+    tree = load_transformer(files.model, dtype=dtype, device=device).tree
+    if files.lora:
+        merge_lora(tree, files.lora)
+    vae = load_vae(files.vae, vae_dtype(dtype, device), device)
+    path = files.text_encoder
+    encode = load_text_encoder(path, dtype=_rough(dtype)) if path else None
     denoiser = Denoiser(tree.eval().requires_grad_(False), dtype=dtype, text_len=config.text_len)
     fingerprint = weights_fingerprint(tree.state_dict())
     model = Model(denoiser=denoiser, fingerprint=fingerprint, device=device)

@@ -84,7 +84,8 @@ class TinyTextEncoder(nn.Module):
     def embed(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Return [B, L, text_dim] of bucket numbers; `mask_BL` is True where there is a token."""
         x = self.embedding(ids_BL)
-        x = x + _positions(x.shape[1], x.shape[2]).to(x)
+        # Scaled as in Vaswani et al. 2017, or positions would drown what the words say.
+        x = x * x.shape[2] ** 0.5 + _positions(x.shape[1], x.shape[2]).to(x)
         x = x + self.attention(self.norm1(x), mask_BL)
         x = x + self.ffn(self.norm2(x))
         return self.to_text(self.norm(x))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
+from sneakpeek_core.assembly import TINY
 from sneakpeek_core.conditioning import Conditioner
 from sneakpeek_core.denoiser import Denoiser
 from sneakpeek_core.guidance import FutureGuidance
@@ -19,6 +21,9 @@ from sneakpeek_core.schedule import Schedule, parse_steps
 from sneakpeek_core.settings import SamplerSettings
 from sneakpeek_core.stream import Model, VideoStream
 
+needs_tiny = pytest.mark.skipif(
+    not all(path.exists() for path in TINY), reason="THE TINY MODEL'S WEIGHTS ARE NOT HERE"
+)
 TEXT_DIM = 32
 SIZE = 32  # pixels: a latent of 4x4, 4 tokens a latent frame
 CELLS = SIZE // 8  # latent cells each way

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from sneakpeek_core import video
+from sneakpeek_core.assembly import EMBEDDED
 from sneakpeek_core.cli import main
 from sneakpeek_core.cli.jobs import fresh, journal_of
 from sneakpeek_core.cli.options import parser
 from sneakpeek_core.frozen import FrozenCache
 from sneakpeek_core.model.initial import random_transformer
 from sneakpeek_core.mp4 import probe
+from sneakpeek_core.schedule import parse_steps
 from tests.command_line import (
     LONG,
     PICTURE,
@@ -31,7 +33,7 @@ from tests.command_line import (
     frames_of_file,
     generate,
 )
-from tests.small import CONFIG
+from tests.small import CONFIG, needs_tiny
 
 
 def test_steps_an_image_and_a_goal_become_a_video(bench: Bench, capsys: Capture) -> None:
@@ -87,11 +89,14 @@ def test_a_wrapped_torch_checkpoint_runs_by_its_familys_settings(bench: Bench) -
     assert len(settings["sigmas"]) == 5
 
 
-def test_without_any_file_the_example_runs_on_random_weights(bench: Bench, capsys: Capture) -> None:
-    """`sneakpeek generate` alone makes out.mp4, and says that the picture is noise."""
-    assert main(["generate", *SIZE, "--sampling-steps", "1"]) == 0
-    assert "small random weights" in capsys.readouterr().err
-    assert probe(Path("out.mp4")).frames == 97
+@needs_tiny
+def test_without_any_file_the_example_runs_on_the_tiny_model(bench: Bench) -> None:
+    """`sneakpeek generate` alone makes out.mp4: the embedded steps, picture and weights."""
+    assert main(["generate"]) == 0
+    facts = facts_of(Path("out.mp4"))
+    assert probe(Path("out.mp4")).frames == 97 and facts["settings"]["solver"] == "euler"
+    example = parse_steps((EMBEDDED / "steps.txt").read_text())
+    assert parse_steps(facts["steps"]) == example and len(example.steps) == 4
 
 
 MODES = {

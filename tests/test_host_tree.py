@@ -1,29 +1,10 @@
-"""The forward runs over ComfyUI's own Wan module as it runs over ours: the tree is the contract.
+"""The forward runs over ComfyUI's own Wan module as it runs over ours: the tree is the contract."""
 
-Needs a ComfyUI checkout (COMFYUI_PATH, else ~/comfy/ComfyUI) and a Python that can import it
-(COMFYUI_PYTHON, else the checkout's .venv, else this one); skips and says so without them.
-"""
+from tests.comfyui import NEWEST, run_inside
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
-import pytest
-
-COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy/ComfyUI")
-HOST = """
-    import sys
-    sys.argv = ["comfyui", "--cpu"]
-    sys.path[:0] = {paths!r}
-    import comfy.options
-    comfy.options.enable_args_parsing()
-    import torch
+SCRIPT = """
     import comfy.ops
     from comfy.ldm.wan.model import WanModel
-    print("HOST READY")
-
     from sneakpeek_core.model.config import ModelConfig
     from sneakpeek_core.model.forward import Host, TextRun, check_tree, text_layers, velocity
     from sneakpeek_core.model.initial import random_transformer
@@ -55,24 +36,10 @@ HOST = """
         own = host(x, time[:, 0], text)
         assert torch.equal(run(ours), run(host)), "the two trees differ"
         gap = (run(host) - own).abs().max().item()
-    assert gap < 1e-4, f"{{gap}} from the host's own forward"
-    print("HOST AGREES")
+    assert gap < 1e-4, f"{gap} from the host's own forward"
 """
-
-
-def _python() -> str:
-    own = COMFYUI / ".venv/bin/python"
-    return os.environ.get("COMFYUI_PYTHON") or (str(own) if own.exists() else sys.executable)
 
 
 def test_comfyui_module_is_a_host():
     """Over ComfyUI's WanModel the result is bitwise ours, and within 1e-4 of its own forward."""
-    if not (COMFYUI / "main.py").exists():
-        pytest.skip(f"NO COMFYUI at {COMFYUI}: set COMFYUI_PATH to a checkout to run this test")
-    paths = [str(COMFYUI), str(Path(__file__).parent.parent)]
-    script = textwrap.dedent(HOST.format(paths=paths))
-    done = subprocess.run([_python(), "-c", script], capture_output=True, text=True, timeout=200)
-    if "HOST READY" not in done.stdout:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        pytest.skip(f"COMFYUI at {COMFYUI} cannot be imported ({reason}): install its requirements")
-    assert "HOST AGREES" in done.stdout, done.stderr
+    run_inside(NEWEST, SCRIPT)

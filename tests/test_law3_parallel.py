@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from sneakpeek_core.cache import CacheSpec, Keyframe, KVCache
 from sneakpeek_core.denoiser import Branch, Denoiser
+from sneakpeek_core.guidance import FutureGuidance
 from sneakpeek_core.model.initial import random_transformer
 from sneakpeek_core.model.parallel import Frame, MaskedExtend, frame_mask
 from sneakpeek_core.model.rope import rope_for
 from sneakpeek_core.policy import CachePolicy
 from sneakpeek_core.sampler import Rollout
 from sneakpeek_core.stream import Model
+from sneakpeek_core.training.layout import LayoutRecipe, draw_layout
 from tests.laws import rollout_of, small_stream, with_goals
 from tests.small import (
     CELLS,
@@ -209,6 +212,47 @@ def test_the_parallel_forward_is_the_rollout(mode: str):
     clean = model().denoiser(x, sigmas[None], rope, [branch])
     assert {frame.kind for frame in frames} == {"clean", "open", "future"}
     torch.testing.assert_close(clean, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+@torch.no_grad()
+def test_a_training_sequence_is_the_rollout(positions: str):
+    """Law 3 for what stage 1 lays out: each pass of a rollout, put into its place there, is the
+    same, with a window that leaves frames out and a start that is kept beside it."""
+    policy = CachePolicy(sink=1, window=4, positions=positions)
+    guidance = FutureGuidance(count=1, context_sigma=0.15)
+    source = small_stream(
+        settings(policy=policy, guidance=guidance, sigmas=(0.9, 0.0)), steps(*THREE)
+    )
+    conditioning = source.conditioning
+    rollout = Spied(rollout_of(source))
+    rollout.commit(start(), conditioning)
+    while rollout.frontier < 13:
+        rollout.commit(rollout.make(conditioning), conditioning)
+    passes: dict[tuple[str, int], tuple[Tensor, float, Tensor]] = {}
+    for chunk, numbers, x, sigmas, clean in rollout.seen:
+        planning = chunk > 0 and len(numbers) == 1  # chunks are of two frames
+        for i, (number, sigma) in enumerate(zip(numbers, sigmas, strict=True)):
+            noisy, nearly_clean = ("target", "guide") if planning else ("open", "clean")
+            role = noisy if sigma > 0.5 else nearly_clean
+            passes[role, number] = (x[:, :, i, None], sigma, clean[:, :, i, None])
+
+    recipe = LayoutRecipe(
+        chunks=(2,), windows=(4,), windowed=1.0, sink=1.0, guided=1.0, horizons=(1,),
+        reaches=(18,), late=0.0,
+    )  # fmt: skip
+    layout = draw_layout((5, 9, 13), recipe, random.Random(0), positions)
+    assert {place.role for place in layout.places} == {"clean", "open", "target", "guide"}
+    moved = [place.moved_to for place in layout.places if place.moved_to is not None]
+    assert moved == ([] if positions == "absolute" else [2, 4, 6, 8])
+    found = [passes.get((place.role, place.frame)) for place in layout.places]
+    assert all(found)
+    x, sigmas, expected = zip(*found, strict=True)
+    extend = MaskedExtend(frame_mask(layout.frames, layout.kept), 4)
+    branch = Branch([conditioning.text_of(place.frame) for place in layout.places], extend, {})
+    rope = rope_for([float(place.position) for place in layout.places], 2, 2, head_dim=128)
+    made = model().denoiser(torch.cat(x, 2), torch.tensor(sigmas)[None], rope, [branch])
+    torch.testing.assert_close(made, torch.cat(expected, 2), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["planned", "joint"])

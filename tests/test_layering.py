@@ -54,9 +54,8 @@ LAYOUT = {
     "text_encoder": "torch umt5 model.checkpoint model.initial model.recognise model.weights",
     "umt5": "torch transformers tokenizers sentencepiece model.checkpoint model.recognise"
     " model.weights",
-    "assembly": "torch conditioning denoiser model.config model.inspect model.presets"
-    " model.transformer model.weights pictures processor schedule stream text_encoder"
-    " vae.streaming vae.wan",
+    "assembly": "torch conditioning denoiser model.config model.inspect model.lora model.presets"
+    " model.weights pictures processor schedule stream text_encoder vae.streaming vae.wan",
     "estimate": "torch psutil cache model.config settings shapes vae.streaming",
     "model.__init__": "",
     "model.config": "shapes",
@@ -65,7 +64,8 @@ LAYOUT = {
     "model.forward": "torch einops shapes model.config model.rope",
     "model.parallel": "torch model.rope",
     "model.initial": "torch model.config model.transformer vae.wan",
-    "model.presets": "sigmas model.config",
+    "model.lora": "torch model.tensor_files",
+    "model.presets": "guidance sigmas model.config",
     "model.tensor_files": "torch safetensors",
     "model.checkpoint": "torch model.tensor_files",
     "model.recognise": "shapes model.config",
@@ -77,12 +77,51 @@ LAYOUT = {
     "vae.__init__": "",
     "vae.wan": "torch einops processor shapes",
     "vae.streaming": "torch einops shapes vae.wan",
+    # the toy world: scenes and their pictures; then the pixels of anyone's video, and its score
+    "toyworld.__init__": "",
+    "toyworld.scene": "",
+    "toyworld.motion": "toyworld.scene",
+    "toyworld.render": "torch toyworld.motion toyworld.scene",
+    "toyworld.detect": "torch toyworld.render toyworld.scene",
+    "toyworld.score": "torch toyworld.detect toyworld.motion toyworld.render toyworld.scene",
+    "toyworld.rollouts": "torch assembly conditioning denoiser model.rope schedule settings stream"
+    " toyworld.motion toyworld.render toyworld.scene vae.streaming",
+    "toyworld.results": "toyworld.score",
+    "toyworld.evaluation": "assembly guidance settings shapes sigmas toyworld.results"
+    " toyworld.rollouts toyworld.scene toyworld.score",
+    "toyworld.controls": "torch assembly guidance settings toyworld.evaluation toyworld.render"
+    " toyworld.rollouts toyworld.scene toyworld.score vae.streaming",
+    "toyworld.plots": "matplotlib toyworld.evaluation toyworld.results toyworld.score",
+    # training
+    "training.__init__": "",
+    "training.recipe": "tomli",
+    "training.muon": "torch",
+    "training.curves": "matplotlib",
+    "training.loop": "torch accelerate tqdm training.curves training.muon training.recipe",
+    "training.latent_set": "torch safetensors shapes vae.streaming vae.wan",
+    "training.video_folder": "torch numpy av pictures schedule shapes training.latent_set",
+    "training.sources": "torch shapes toyworld.render toyworld.scene training.latent_set"
+    " training.recipe training.video_folder",
+    "training.clips": "torch",
+    "training.vae_stage": "torch model.weights shapes training.clips training.recipe"
+    " training.sources vae.streaming vae.wan",
+    "training.layout": "guidance model.parallel policy schedule training.recipe",
+    "training.lora": "torch peft model.lora model.weights",
+    "training.cuts": "torch",
+    "training.sequences": "torch model.parallel training.cuts training.layout training.recipe",
+    "training.own_past": "torch training.recipe training.sequences",
+    "training.causal_stage": "torch guidance model.config model.forward model.parallel"
+    " model.presets model.rope model.transformer model.weights shapes sigmas training.layout"
+    " training.lora training.own_past training.recipe training.sequences",
+    "training.stages": "torch accelerate tqdm assembly model.fingerprint model.weights text_encoder"
+    " training.causal_stage training.latent_set training.loop training.recipe training.sources"
+    " training.vae_stage vae.wan",
     # the command line
     "cli.__init__": "cli.endings cli.options",
     "cli.__main__": "cli.__init__",
     "cli.endings": "torch stream",
-    "cli.options": "torch guidance policy settings shapes cli.estimate cli.generate cli.inspect"
-    " cli.sampling",
+    "cli.options": "torch guidance policy settings shapes cli.demo cli.estimate cli.evaluate"
+    " cli.generate cli.inspect cli.sampling cli.toyworld cli.train",
     "cli.sampling": "guidance model.presets policy settings sigmas",
     "cli.steps": "torch assembly pictures schedule cli.options",
     "cli.order": "torch assembly estimate frozen schedule settings cli.options cli.sampling"
@@ -96,6 +135,13 @@ LAYOUT = {
     "cli.inspect": "journal model.inspect model.tensor_files mp4 records schedule shapes"
     " cli.endings cli.jobs",
     "cli.estimate": "__init__ shapes cli.order",
+    "cli.demo": "torch assembly conditioning contact_sheet frames schedule stream toyworld.render"
+    " toyworld.scene toyworld.score vae.streaming video cli.progress cli.sampling",
+    "cli.evaluate": "__init__ assembly guidance model.fingerprint records settings"
+    " toyworld.controls toyworld.evaluation toyworld.plots toyworld.results toyworld.scene"
+    " cli.options cli.sampling",
+    "cli.toyworld": "PIL contact_sheet toyworld.render toyworld.scene training.video_folder video",
+    "cli.train": "training.stages",
 }
 # Imported for annotations only, in files that run without it.
 FOR_TYPES = {"policy": "torch", "sigmas": "torch"}

@@ -45,7 +45,7 @@ def test_ci_runs_what_the_readme_says():
     """The README has two commands; CI runs the second one as it stands there."""
     readme = (ROOT / "README.md").read_text("utf-8")
     commands = re.findall(r"^pip install .*", readme, re.MULTILINE)
-    assert len(commands) == 2 and commands[0].endswith("sneakpeek generate")
+    assert len(commands) == 2 and commands[0].endswith("sneakpeek demo")
     for tool in ("ruff check", "ruff format --check", "pyright", "pytest"):
         assert tool in commands[1]
     assert "grep -m1 '^pip install -e' README.md" in (ROOT / ".ci/run").read_text("utf-8")

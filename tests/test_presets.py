@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from sneakpeek_core.guidance import FutureGuidance
 from sneakpeek_core.model.config import ModelConfig
-from sneakpeek_core.model.presets import FOUR_STEPS, PRESETS, Preset, own_fields, preset_for
+from sneakpeek_core.model.presets import (
+    FOUR_STEPS,
+    PRESETS,
+    Preset,
+    own_fields,
+    preset_for,
+    stated_fields,
+)
 from sneakpeek_core.sigmas import few_step_sigmas, renoise, shifted, uniform_sigmas
 
 SMALL = ModelConfig(dim=1536, ffn_dim=8960, layers=30)
@@ -151,6 +159,21 @@ def test_what_a_file_states_wins_over_its_name():
     assert preset.solver == "renoise"
 
 
+def test_a_file_states_its_guidance():
+    """Named settings on top of the defaults, or none at all."""
+    for stated, guidance in (({"count": 1}, FutureGuidance(count=1)), (None, None)):
+        text = json.dumps({"preset": "tiny", "guidance": stated})
+        assert preset_for("a", {"sneakpeek": text}, SMALL).guidance == guidance
+
+
+def test_every_preset_can_be_stated():
+    """A file that states all of a preset's fields gives that preset, whatever it is called."""
+    for preset in PRESETS.values():
+        stated = {"sneakpeek": json.dumps(stated_fields(preset))}
+        found = preset_for("any.safetensors", stated, SMALL)
+        assert replace(found, recognised_by="") == preset
+
+
 def test_metadata_that_is_not_about_sampling_leaves_the_name_to_decide():
     stated = {"sneakpeek": json.dumps({"text_len": 32})}
     assert preset_for("longlive_base.pt", stated, SMALL).name == "longlive"
@@ -174,6 +197,9 @@ def test_metadata_that_is_not_about_sampling_leaves_the_name_to_decide():
         ('{"shift": NaN}', "shift nan must be above 0"),
         ('{"fps": 0}', "bad fps 0"),
         ('{"solver": "magic"}', "solver 'magic' must be one of"),
+        ('{"guidance": {"count": 0}}', "horizon 0"),
+        ('{"guidance": {"magic": 1}}', "magic"),
+        ('{"guidance": 2}', "guidance 2 in the metadata must be dict"),
     ],
 )
 def test_malformed_metadata_is_refused_in_words(stated: str, words: str):

@@ -60,6 +60,20 @@ def test_words_matter_and_so_does_their_order_but_not_case(tiny: TinyTextEncoder
     assert all(1 <= t < tiny.buckets for t in tiny.tokenize("any words, at all"))
 
 
+@torch.no_grad()
+def test_what_a_word_says_outweighs_where_it_stands(tiny: TinyTextEncoder):
+    """Another word is another embedding; the same word stays itself wherever it stands."""
+    red, blue, later = tiny(
+        ["put the red ball in the box", "put the blue ball in the box", "now put the red ball away"]
+    )
+    assert (red[2] - blue[2]).norm() > red[2].norm()
+    assert (red[2] - later[3]).norm() < 0.6 * red[2].norm()
+    others = [i for i in range(7) if i != 2]
+    assert (red - blue)[others].norm(dim=1).max() < 0.5 * red[2].norm()
+    rows = torch.cat(tiny(["lift the green square", "open a cupboard", "whisk two eggs slowly"]))
+    assert rows.mean(0).norm() < 0.8 * rows.norm(dim=1).mean()  # little that is in all of them
+
+
 def test_long_texts_are_cut_with_a_warning(tiny: TinyTextEncoder, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(tiny.tokenize("word " * 600)) == 512

@@ -1,4 +1,4 @@
-"""The command line: `sneakpeek generate | inspect | estimate`."""
+"""The command line: `sneakpeek COMMAND`, a file for each."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def ending(error: BaseException) -> tuple[int, str]:
     """Return exit code and sentence for what ended a command early; raise what is a bug."""
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         return INTERRUPTED, "stopped"
-    if isinstance(error, (GenerationError, ValueError)):
+    if isinstance(error, (GenerationError, ValueError, FloatingPointError)):
         return STOPPED, str(error)
     lacks_memory = isinstance(error, RuntimeError) and _LACK.search(str(error)) is not None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or lacks_memory:

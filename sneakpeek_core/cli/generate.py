@@ -19,17 +19,10 @@ from .jobs import Job, fresh, resumed
 from .progress import Progress
 from .watch import StepsWatcher
 
-RANDOM = (
-    "no --model was given: these are small random weights made on the spot, so the picture is "
-    "noise; everything else is the real thing"
-)
-
 
 def run(options: argparse.Namespace) -> int:
     """Check everything, then stream. Returns 0; 1 or 130 when it stopped on the way."""
     job = resumed(options) if options.resume else fresh(options)
-    if job.random:
-        _say(RANDOM)
     progress, sheet = Progress(job.stream), StepSheet(job.stream)
     try:
         with job.replacing():

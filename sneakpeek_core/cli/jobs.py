@@ -36,7 +36,6 @@ class Job:
     stream: VideoStream
     vae: WanVAE
     writer: VideoWriter
-    random: bool  # made from random weights
     watched: Path | None
     before: Schedule | None  # the steps of a continued cache, which the watched file lacks
     contact_sheet: Path | None
@@ -85,7 +84,7 @@ def fresh(options: argparse.Namespace) -> Job:
     """Return a new video as the options describe it; `ValueError` for what cannot be."""
     _check_outputs(options)
     order = order_of(options)
-    if order.files.model and not order.files.text_encoder and not order.cache:
+    if not order.files.text_encoder and not order.cache:
         raise ValueError(
             "--text-encoder is missing: the texts of the steps must be encoded; give the model's"
         )
@@ -145,7 +144,6 @@ def _job(
         stream=stream,
         vae=parts.vae,
         writer=writer,
-        random=options.model is None,
         watched=options.steps if options.watch else None,
         before=cache.conditioning.schedule if cache else None,
         contact_sheet=options.contact_sheet,

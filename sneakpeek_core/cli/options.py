@@ -38,9 +38,13 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; every command sets `run`. It raises `ValueError` for bad options."""
+    from .demo import add as add_demo
     from .estimate import run as run_estimate
+    from .evaluate import add as add_evaluate
     from .generate import run as run_generate
     from .inspect import run as run_inspect
+    from .toyworld import add as add_toyworld
+    from .train import add as add_train
 
     top = _Parser(
         prog="sneakpeek", description="Stream long, step-by-step videos from a list of steps."
@@ -59,14 +63,17 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a file is and how it would be run")
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("file", type=Path, metavar="FILE")
+    for add in (add_demo, add_evaluate, add_toyworld, add_train):
+        add(commands)
     return top
 
 
 def _add_files(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("files").add_argument
-    add("--model", type=Path, help="causal Wan 2.1 transformer (none: small random weights)")
+    add("--model", type=Path, help="causal Wan 2.1 transformer (none: the tiny one)")
     add("--vae", type=Path, help="Wan 2.1 VAE")
     add("--text-encoder", type=Path, help="UMT5 file or folder, or a tiny one of ours")
+    add("--lora", type=Path, help="adapters of the model, merged into it")
     add("--steps", type=Path, help="one step a line: [4s] whisk the eggs (none: an example)")
     add("--image", type=Path, help="start image")
     add(

@@ -25,7 +25,7 @@ from .options import (
 from .sampling import settings_of
 from .steps import schedule_of, start_of
 
-FILES = ("model", "vae", "text_encoder")
+FILES = ("model", "vae", "text_encoder", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def order_of(options: argparse.Namespace) -> Order:
 
 def files_of(options: argparse.Namespace) -> Files:
     """Return the model's files; `ValueError` when one is not there."""
-    return Files(**{name: getattr(options, name) for name in FILES})
+    return Files.of(**{name: getattr(options, name) for name in FILES})
 
 
 def _check_combinations(options: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def settings_of(
 
     Raises `ValueError` in words.
     """
-    base = base or _settings_of_preset(preset)
+    base = base or settings_of_preset(preset)
     window = base.policy.window if options.window is None else _window(options.window)
     sigmas = _sigmas(options, preset)
     return SamplerSettings(
@@ -86,7 +86,7 @@ def _sigmas(options: argparse.Namespace, preset: Preset) -> tuple[float, ...] | 
     return replace(preset, shift=shift).sigmas if options.shift is not None else None
 
 
-def _settings_of_preset(preset: Preset) -> SamplerSettings:
+def settings_of_preset(preset: Preset) -> SamplerSettings:
     return SamplerSettings(
         sigmas=preset.sigmas,
         first_sigmas=preset.first_sigmas if preset.first_timesteps else None,
@@ -95,8 +95,7 @@ def _settings_of_preset(preset: Preset) -> SamplerSettings:
         cfg=preset.cfg,
         span=preset.trained_span,
         policy=CachePolicy(sink=preset.sink, window=preset.window, positions=preset.positions),
-        # The known families were not trained to predict keyframes; our own models are.
-        guidance=FutureGuidance() if preset.name == "tiny" else None,
+        guidance=preset.guidance,
     )
 
 

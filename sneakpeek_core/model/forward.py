@@ -52,18 +52,25 @@ def patch_dtype(weight: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What the surroundings provide: attention, and how a bare parameter is brought to `x`."""
+    """What the surroundings provide: attention, how a bare parameter is brought to `x`, and what
+    runs a layer (`run(layer, *arguments)`: training may throw its activations away and redo it).
+    """
 
     attend: Attend = sdpa
     cast: Callable[[Tensor, Tensor], Tensor] = cast_like
+    run: Callable[..., Tensor] = lambda layer, *arguments: layer(*arguments)
 
 
 class TextRun(NamedTuple):
-    """Neighbouring frames [start, stop) of a call that attend to the same text."""
+    """Neighbouring frames [start, stop) of a call that attend to the same text.
+
+    Or to several texts side by side, if `mask` (see `Attend`) says which tokens see which.
+    """
 
     start: int
     stop: int
     layers: Layers
+    mask: Tensor | None = None
 
 
 # Attributes that change what a Wan tree computes, and what they make of it.
@@ -152,7 +159,7 @@ def velocity(
     modulation = tree.time_projection(times).unflatten(-1, (6, -1))  # [B, F, 6, C]
 
     for layer, block in enumerate(tree.blocks):
-        x = _block(block, layer, x, modulation, rope, text, extend, host)
+        x = host.run(_block, block, layer, x, modulation, rope, text, extend, host)
 
     shift, scale = (host.cast(tree.head.modulation, x) + times.unsqueeze(2)).unsqueeze(3).unbind(2)
     patches = tree.head.head(tree.head.norm(x) * (1 + scale) + shift)
@@ -215,7 +222,7 @@ def _cross_attention(
     """Every frame attends to the text of its own step: one attention per run of equal texts."""
     q = _heads(attention.norm_q(attention.q(x_BFSC)))  # [B, F, S, N, D]
     runs = [
-        host.attend(q[:, run.start : run.stop].flatten(1, 2), *run.layers[layer], None)
+        host.attend(q[:, run.start : run.stop].flatten(1, 2), *run.layers[layer], run.mask)
         for run in text
     ]
     return attention.o((runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)).flatten(2))

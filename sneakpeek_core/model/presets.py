@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..guidance import FutureGuidance
 from ..sigmas import few_step_sigmas, uniform_sigmas
 from .config import ModelConfig
 
@@ -41,6 +42,7 @@ class Preset:
     positions: str = "absolute"
     fps: float = 16.0
     trained_span: int = 21  # frames that the weights saw at once
+    guidance: FutureGuidance | None = None  # None: not trained to predict keyframes
     source: str = ""
     licence: str = ""  # of the weights, for the user to check
     refusal: str = ""  # why this loop cannot run these weights; "" when it can
@@ -188,6 +190,7 @@ _TABLE = (
         sink=1,
         positions="relative",
         trained_span=19,
+        guidance=FutureGuidance(),
         source="SneakPeek's own toy world",
         licence=_APACHE,
     ),
@@ -263,10 +266,17 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("window", "steps"), (int, type(None))),
     **dict.fromkeys(("shift", "cfg", "fps"), (int, float)),
     "warp": (bool,),
+    "guidance": (dict, type(None)),
     "timesteps": (list,),
     "first_timesteps": (list, type(None)),
     **dict.fromkeys(("solver", "positions", "source", "licence", "refusal"), (str,)),
 }
+
+
+def stated_fields(preset: Preset) -> dict[str, Any]:
+    """Return what a file must state in its metadata so that `preset_for` gives this preset."""
+    fields = asdict(preset)
+    return {"preset": preset.name} | {key: fields[key] for key in _FIELD_TYPES if key != "preset"}
 
 
 def _stated(own: Mapping[str, Any]) -> Preset:
@@ -280,9 +290,18 @@ def _stated(own: Mapping[str, Any]) -> Preset:
     if base not in PRESETS:
         raise ValueError(f"preset {base!r} in the metadata is unknown; known: {', '.join(PRESETS)}")
     changes = {key: own[key] for key in _FIELD_TYPES if key in own and key != "preset"}
+    if isinstance(changes.get("guidance"), dict):
+        changes["guidance"] = _guidance(changes["guidance"])
     for key in ("timesteps", "first_timesteps"):
         if isinstance(changes.get(key), list):
             if not all(type(t) in (int, float) for t in changes[key]):
                 raise ValueError(f"{key} {changes[key]!r} in the metadata must be numbers")
             changes[key] = tuple(float(t) for t in changes[key])
     return replace(PRESETS[base], **changes, recognised_by="the file's metadata")
+
+
+def _guidance(stated: Mapping[str, Any]) -> FutureGuidance:
+    try:
+        return FutureGuidance(**stated)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"guidance {dict(stated)!r} in the metadata: {error}") from error
