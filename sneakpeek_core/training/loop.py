@@ -113,7 +113,7 @@ class Trainer:
             total=self.recipe.steps, initial=self.progress.step, disable=not self._main,
             mininterval=1.0, desc=self.folder.name,
         )  # fmt: skip
-        with bar, ThreadPoolExecutor(1) as ahead:
+        with bar, _single_core_thread() as ahead:
             coming = self._prepare(ahead, self.progress.step)
             while self.progress.step < last:
                 batch = coming.result()
@@ -234,6 +234,20 @@ class Trainer:
             os.replace(fresh, state)
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+
+def _single_core_thread() -> ThreadPoolExecutor:
+    """Return a thread whose tensor work stays on one core.
+
+    With a team of cores of its own it would keep the training thread's team waiting.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(1)
+    # a thread takes the process's number over when it is first asked, so it is asked before
+    pool.submit(torch.get_num_threads).result()
+    pool.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)  # a part of that setting is the whole process's
+    return pool
 
 
 def _optimisers(stage: Stage, optimiser: Optimiser) -> list[torch.optim.Optimizer]:
