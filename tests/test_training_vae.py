@@ -47,8 +47,8 @@ def test_phases_follow_each_other(stage: VaeStage):
 
 def test_a_batch_is_a_function_of_step_and_process(stage: VaeStage):
     """Again the same, elsewhere another one."""
-    first, again = stage.batch(1, 0), stage.batch(1, 0)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    (*first, weight), (*again, same) = stage.batch(1, 0), stage.batch(1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and weight == same
     assert not torch.equal(first[0], stage.batch(0, 0)[0])
     assert not torch.equal(first[1], stage.batch(1, 1)[1])
 
@@ -100,7 +100,7 @@ def test_latents_are_noisier_when_asked(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="latent_noise -1"):
         replace(RECIPE, latent_noise=-1)
     stage = VaeStage(replace(RECIPE, latent_noise=0.5))
-    clip, noise, added = stage.batch(0, 0)
+    clip, noise, added, still = stage.batch(0, 0)
     assert added.shape == (2,) and ((added > 0) & (added < 0.5)).all()
 
     seen = []
@@ -111,7 +111,7 @@ def test_latents_are_noisier_when_asked(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("sneakpeek_core.training.vae_stage.decode_video", decode)
     levels = torch.tensor([0.0, 3.0])
-    stage.module(clip, torch.ones_like(noise), levels)
+    stage.module(clip, torch.ones_like(noise), levels, still)
     mean, logvar = posterior(stage.module.vae, clip)
     flat = mean.transpose(0, 1).flatten(1)
     added = torch.tensor([0.0, 3.0]).view(-1, 1, 1, 1, 1) * flat.std(1).view(1, -1, 1, 1, 1)
@@ -152,13 +152,22 @@ def test_restlessness_is_in_the_loss_when_asked():
     vae = random_vae(RECIPE.dim, seed=3).state_dict()
     for one in (plain, other):
         one.module.vae.load_state_dict(vae)
-    batch = plain.batch(0, 0)
     with torch.no_grad():
-        without, asked = plain.module(*batch), other.module(*batch)
+        without, asked = plain.module(*plain.batch(0, 0)), other.module(*other.batch(0, 0))
     assert asked["restless"] > 0.01 and not without["restless"]
     torch.testing.assert_close(asked["loss"], without["loss"] + 2.0 * asked["restless"])
     with pytest.raises(ValueError, match="still -1"):
         replace(RECIPE, still=-1)
+
+
+def test_robustness_begins_when_the_recipe_says():
+    """Noise on latents, and the weight of restlessness, are for an encoder that says something."""
+    stage = VaeStage(replace(RECIPE, latent_noise=0.5, still=2.0, begin=0.5))
+    _, _, none, at_first = stage.batch(1, 0)
+    _, _, noise, later = stage.batch(2, 0)
+    assert not none.any() and noise.all() and (at_first, later) == (0.0, 2.0)
+    with pytest.raises(ValueError, match="begin 1.5 must be from 0 to 1"):
+        replace(RECIPE, begin=1.5)
 
 
 def test_what_differs_and_what_moves_weighs_more():

@@ -24,7 +24,7 @@ from ..shapes import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames_of
 from ..vae.streaming import decode_video, encode_image, encode_video, posterior
 from ..vae.wan import LATENT_MEAN, LATENT_STD, Conv3d, ResidualBlock, WanVAE, compile_norms
 from .clips import Clips, is_vivid
-from .recipe import LICENCE, Optimiser, Run, random_for
+from .recipe import LICENCE, Optimiser, Run, check_shares, random_for
 from .sources import ToyData
 
 WHOLE_CLIP = 1 << 30  # latent frames in one call
@@ -61,6 +61,7 @@ class VaeRecipe:
     decoder_only: bool = False  # leave the encoder, and so all latents, as they are
     latent_noise: float = 0.0  # most noise on latents, which a sampler's are not free of either
     still: float = 0.0  # weight of the distance between what rests and its picture encoded alone
+    begin: float = 0.0  # share of the run before these two: an encoder that says nothing learns none
     compile: bool = False  # norms and activations, into one kernel
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ class VaeRecipe:
         for name in ("latent_noise", "still"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be 0 or more")
+        check_shares(self, "begin")
 
     def phase_at(self, step: int) -> Phase:
         """Return the phase that `step` (0-based) lies in."""
@@ -89,13 +91,14 @@ class VaeLoss(nn.Module):
         self.recipe = recipe
 
     def forward(
-        self, clip_BFHWC: Tensor, noise_BCFHW: Tensor, added_B: Tensor
+        self, clip_BFHWC: Tensor, noise_BCFHW: Tensor, added_B: Tensor, still: float
     ) -> dict[str, Tensor]:
         """Return `loss` and its parts.
 
         `noise` is standard normal, in the latents' shape; `added` is the deviation of what comes on
         top of the encoder's own (noise-augmented decoding, arXiv 2510.11690), as a share of each
-        channel's deviation in this batch: larger latents are no way out.
+        channel's deviation in this batch: larger latents are no way out. `still` is the weight of
+        restlessness.
         """
         recipe = self.recipe
         mean, logvar = posterior(self.vae, clip_BFHWC, latent_frames_per_step=WHOLE_CLIP)
@@ -108,10 +111,10 @@ class VaeLoss(nn.Module):
         pixels = (weight * (error.abs() + error.square())).mean() / weight.mean()
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        restless = restlessness(self.vae, clip_BFHWC, mean) if recipe.still else mean.new_zeros(())
+        restless = restlessness(self.vae, clip_BFHWC, mean) if still else mean.new_zeros(())
         squared = error.detach().clamp(-1, 1).square().mean()
         return {
-            "loss": pixels + recipe.edges * edges + recipe.kl * kl + recipe.still * restless,
+            "loss": pixels + recipe.edges * edges + recipe.kl * kl + still * restless,
             "kl": kl.detach(),
             "restless": restless.detach(),
             "psnr_db": -10 * squared.log10(),
@@ -178,8 +181,8 @@ class VaeStage:
         """Return the convolutions and gains; biases are left to AdamW."""
         return [p for p in self.module.parameters() if p.ndim >= 2]
 
-    def batch(self, step: int, process: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the clip, the noise and the added noise's deviation of a step in a process."""
+    def batch(self, step: int, process: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return what `VaeLoss` takes at a step in a process."""
         seed = random_for(self.recipe.run.seed, step, process).getrandbits(63)
         rng = torch.Generator().manual_seed(seed)
         phase = self.recipe.phase_at(step)
@@ -190,7 +193,9 @@ class VaeStage:
         cells = phase.side // SPATIAL
         shape = (phase.batch, LATENT_CHANNELS, latent_frames_of(phase.frames), cells, cells)
         noise = torch.randn(shape, generator=rng)
-        return clip, noise, torch.rand(phase.batch, generator=rng) * self.recipe.latent_noise
+        begun = step >= self.recipe.begin * self.recipe.run.steps
+        added = torch.rand(phase.batch, generator=rng) * self.recipe.latent_noise * begun
+        return clip, noise, added, self.recipe.still * begun
 
     @torch.no_grad()
     def evaluate(self, module: VaeLoss) -> dict[str, float]:
