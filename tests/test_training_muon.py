@@ -13,16 +13,20 @@ def matrices(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("shape", [(3, 12, 12), (2, 8, 40), (2, 40, 8), (1, 1, 9)])
-def test_updates_are_nearly_orthogonal(shape: tuple[int, int, int]):
+def test_updates_are_nearly_orthogonal(
+    shape: tuple[int, int, int], dtype: torch.dtype, error: float
+):
     """Against the SVD: the same singular vectors, every singular value near 1."""
     before = matrices(*shape)
-    after = orthogonal(before)
+    after = orthogonal(before, dtype)
+    assert after.dtype == torch.float32
     u, s, vh = torch.linalg.svd(before, full_matrices=False)
     turned = u.mT @ after @ vh.mT
     values = turned.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.3 and values.max() < 1.3
-    assert (turned - torch.diag_embed(values)).abs().max() < 1e-3 * s.max()
+    assert (turned - torch.diag_embed(values)).abs().max() < error * s.max()
 
 
 def test_a_step_has_the_size_that_is_promised():

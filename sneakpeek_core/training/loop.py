@@ -94,7 +94,7 @@ class Trainer:
         self.accelerator = Accelerator(cpu=cpu_only(), mixed_precision=run.precision)
         self._averaged = AveragedModel(stage.module, multi_avg_fn=_ema(optimiser.ema))
         self._averaged.to(self.accelerator.device).eval()
-        plain = _optimisers(stage, optimiser)
+        plain = _optimisers(stage, optimiser, run)
         self._rates = [one.param_groups[0]["lr"] for one in plain]
         self._module, *self._optimisers = self.accelerator.prepare(stage.module, *plain)
         self.progress = Progress()
@@ -250,7 +250,7 @@ def _single_core_thread() -> ThreadPoolExecutor:
     return pool
 
 
-def _optimisers(stage: Stage, optimiser: Optimiser) -> list[torch.optim.Optimizer]:
+def _optimisers(stage: Stage, optimiser: Optimiser, run: Run) -> list[torch.optim.Optimizer]:
     matrices = [p for p in stage.matrices() if p.requires_grad]
     known = {id(p) for p in matrices}
     others = [p for p in stage.module.parameters() if p.requires_grad and id(p) not in known]
@@ -260,6 +260,7 @@ def _optimisers(stage: Stage, optimiser: Optimiser) -> list[torch.optim.Optimize
             Muon(
                 matrices, optimiser.matrix_lr,
                 momentum=optimiser.momentum, weight_decay=optimiser.weight_decay,
+                dtype=torch.bfloat16 if run.precision == "bf16" else torch.float32,
             )
         )  # fmt: skip
     if others:

@@ -111,10 +111,14 @@ class VaeLoss(nn.Module):
         pixels = (weight * (error.abs() + error.square())).mean() / weight.mean()
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        restless = restlessness(self.vae, clip_BFHWC, mean) if still else mean.new_zeros(())
+        loss = pixels + recipe.edges * edges + recipe.kl * kl
+        restless = mean.new_tensor(math.nan)  # not looked at
+        if still:
+            restless = restlessness(self.vae, clip_BFHWC, mean)
+            loss = loss + still * restless
         squared = error.detach().clamp(-1, 1).square().mean()
         return {
-            "loss": pixels + recipe.edges * edges + recipe.kl * kl + still * restless,
+            "loss": loss,
             "kl": kl.detach(),
             "restless": restless.detach(),
             "psnr_db": -10 * squared.log10(),
