@@ -6,7 +6,6 @@ HWC (height, width, RGB); a range is (label, first, end) in frame numbers, `end`
 
 from __future__ import annotations
 
-import contextlib
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .video import to_uint8
+from .whole_file import whole_file
 
 Range = tuple[str, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -106,13 +106,8 @@ def save_contact_sheet(path: str | os.PathLike[str], rows: Sequence[SheetRow]) -
     if not path.parent.is_dir():
         raise ValueError(f"folder {path.parent} does not exist; create it first")
     sheet = contact_sheet(rows)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         sheet.save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _checked_ranges(ranges: Sequence[Range]) -> tuple[Range, ...]:

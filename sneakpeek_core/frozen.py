@@ -8,7 +8,6 @@ not the decoder's state (gigabytes at full size), but the newest latents to warm
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from .sampler import Rollout
 from .schedule import Schedule, is_number, is_whole
 from .settings import SamplerSettings
 from .shapes import LATENT_CHANNELS, SIZE_STEP, SPATIAL, check_size
+from .whole_file import whole_file
 
 KIND = "cache"
 # Latent frames kept to warm a decoder: the Wan VAE's memory is longer, but with these the seam is
@@ -129,13 +129,9 @@ class FrozenCache:
         """Write the cache to a safetensors file, whole or not at all."""
         path = Path(path)
         record = self._to_record()
-        temporary = path.with_name(path.name + ".writing")
-        try:
-            tensors = {name: t.contiguous() for name, t in record.tensors.items()}
-            save_file(tensors, temporary, metadata=metadata_of(record))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors = {name: t.contiguous() for name, t in record.tensors.items()}
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata=metadata_of(record))
 
     @classmethod
     def load(cls, path: str | Path) -> FrozenCache:

@@ -18,6 +18,8 @@ import av
 from av.container import InputContainer
 from av.error import FFmpegError
 
+from .whole_file import whole_file
+
 WRITTEN_BY_MUXER = {"major_brand", "minor_version", "compatible_brands", "encoder"}
 
 
@@ -68,17 +70,12 @@ def remux_fast_start(
     FFmpeg's own) the old one is untouched.
     """
     path = Path(path).absolute()
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         frames = _copy(path, part, metadata or {})
         if probe(part).frames != frames:  # the muxer of PyAV 14 can lose packets silently
             raise OSError(f"the rewritten {path} does not hold all {frames} frames")
         with open(part, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _copy(path: Path, part: Path, metadata: Mapping[str, str]) -> int:

@@ -30,6 +30,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from .mp4 import boxes, remux_fast_start
+from .whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -309,13 +310,8 @@ class VideoWriter:
             _append(self.path, at, chunk)
             return
         # The first chunk arrives whole or not at all, and replaces an old file only then.
-        part = self.path.with_name(f".{self.path.name}.part")
-        try:
-            with open(part, "wb", buffering=0) as file:
-                _write_all(file, chunk)
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(self.path) as part, open(part, "wb", buffering=0) as file:
+            _write_all(file, chunk)
 
 
 def _checked_path(path: Path, overwrite: bool) -> Path:

@@ -20,6 +20,7 @@ LAYOUT = {
     "__init__": "",
     # what is planned: no torch
     "shapes": "",
+    "whole_file": "",
     "schedule": "shapes",
     "edits": "schedule",
     "guidance": "schedule",
@@ -36,7 +37,7 @@ LAYOUT = {
     # values, and what keeps them
     "records": "torch safetensors conditioning guidance policy schedule settings",
     "frozen": "torch safetensors cache conditioning model.config records sampler schedule settings"
-    " shapes",
+    " shapes whole_file",
     "latent_store": "torch numpy",
     "journal": "records",
     "start": "torch shapes",
@@ -44,9 +45,9 @@ LAYOUT = {
     " schedule settings shapes start",
     "recording": "torch conditioning frozen journal records schedule shapes stream",
     # what shows: knows latents and frames, never sigmas
-    "mp4": "av",
-    "video": "torch numpy av mp4",
-    "contact_sheet": "torch numpy PIL video",
+    "mp4": "av whole_file",
+    "video": "torch numpy av mp4 whole_file",
+    "contact_sheet": "torch numpy PIL video whole_file",
     "frames": "torch contact_sheet shapes stream video",
     # files to parts
     "processor": "torch",
@@ -71,7 +72,7 @@ LAYOUT = {
     "model.recognise": "shapes model.config",
     "model.fingerprint": "torch model.checkpoint",
     "model.weights": "torch safetensors vae.wan model.checkpoint model.config model.fingerprint"
-    " model.initial model.presets model.recognise model.transformer",
+    " model.initial model.presets model.recognise model.transformer whole_file",
     "model.inspect": "shapes vae.wan model.checkpoint model.config model.presets model.recognise"
     " model.tensor_files model.weights",
     "vae.__init__": "",
@@ -94,11 +95,11 @@ LAYOUT = {
     "toyworld.plots": "matplotlib toyworld.evaluation toyworld.results toyworld.score",
     # training
     "training.__init__": "",
-    "training.recipe": "tomli",
+    "training.recipe": "tomli whole_file",
     "training.muon": "torch",
     "training.curves": "matplotlib",
     "training.loop": "torch accelerate tqdm training.curves training.muon training.recipe",
-    "training.latent_set": "torch safetensors shapes vae.streaming vae.wan",
+    "training.latent_set": "torch safetensors shapes vae.streaming vae.wan whole_file",
     "training.video_folder": "torch numpy av pictures schedule shapes training.latent_set",
     "training.sources": "torch shapes toyworld.render toyworld.scene training.latent_set"
     " training.recipe training.video_folder",
@@ -139,7 +140,7 @@ LAYOUT = {
     " toyworld.scene toyworld.score vae.streaming video cli.progress cli.sampling",
     "cli.evaluate": "__init__ assembly guidance model.fingerprint records settings"
     " toyworld.controls toyworld.evaluation toyworld.plots toyworld.results toyworld.scene"
-    " cli.options cli.sampling",
+    " cli.options cli.sampling whole_file",
     "cli.toyworld": "PIL contact_sheet toyworld.render toyworld.scene training.video_folder video",
     "cli.train": "training.stages",
 }

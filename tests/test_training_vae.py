@@ -166,7 +166,7 @@ def test_robustness_begins_when_the_recipe_says():
     _, _, none, at_first = stage.batch(1, 0)
     _, _, noise, later = stage.batch(2, 0)
     assert not none.any() and noise.all() and (at_first, later) == (0.0, 2.0)
-    with pytest.raises(ValueError, match="begin 1.5 must be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"begin 1\.5 must be from 0 to 1"):
         replace(RECIPE, begin=1.5)
 
 

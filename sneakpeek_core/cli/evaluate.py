@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from ..toyworld.controls import (
 from ..toyworld.evaluation import Evaluation, Grid, evaluate, settings_of
 from ..toyworld.results import MODES, Comparison, Row, Rows, unguided_of
 from ..toyworld.scene import TIERS
+from ..whole_file import whole_file
 from .options import device_of
 from .sampling import settings_of_preset
 
@@ -108,9 +108,8 @@ def run(options: argparse.Namespace) -> int:
     def keep(**more: object) -> None:
         found.update(more)
         if options.json:
-            fresh = options.json.with_suffix(".part")
-            fresh.write_text(json.dumps(found) + "\n", "utf-8")
-            os.replace(fresh, options.json)  # a kill leaves the rows so far
+            with whole_file(options.json) as part:  # a kill leaves the rows so far
+                part.write_text(json.dumps(found) + "\n", "utf-8")
 
     def done(result: Evaluation, row: Row) -> None:
         print(_line(row), flush=True)

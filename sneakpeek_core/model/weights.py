@@ -7,7 +7,6 @@ held twice; in the file's own dtype on the CPU they stay memory-mapped.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..vae.wan import WanVAE, vae_dim
+from ..whole_file import whole_file
 from .checkpoint import Checkpoint, read_checkpoint, read_tensors
 from .config import ModelConfig
 from .fingerprint import weights_fingerprint
@@ -102,14 +102,10 @@ def save_model(
     """
     path = Path(path)
     words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        # Cloned to the CPU because safetensors refuses tensors that share memory.
-        copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        save_file(copies, temporary, metadata=words)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Cloned to the CPU because safetensors refuses tensors that share memory.
+    copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    with whole_file(path) as part:
+        save_file(copies, part, metadata=words)
 
 
 def fill(

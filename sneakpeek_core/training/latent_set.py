@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from ..shapes import frames_of
 from ..vae.streaming import encode_image, encode_video
 from ..vae.wan import WanVAE
+from ..whole_file import whole_file
 
 ABOUT, TEXTS = "about.json", "texts.safetensors"
 AT_ONCE = 2**18  # pixels of the pictures that are encoded side by side
@@ -138,9 +138,8 @@ def check_about(folder: Path, about: dict[str, Any]) -> None:
                     f"{value!r}; choose another folder, or delete this one"
                 )
         return
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
 
 
 def _check_texts(
@@ -192,10 +191,9 @@ def _key(text: str) -> str:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: Iterable[Any]) -> None:
-    temporary = path.with_suffix(".part")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, temporary, metadata={"facts": json.dumps(list(facts))})
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        save_file(whole, part, metadata={"facts": json.dumps(list(facts))})
 
 
 def _facts(path: Path) -> list[Any]:

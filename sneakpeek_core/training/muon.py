@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices_BMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return matrices with the same singular vectors and singular values near 1, made in `dtype`."""
+    """Return matrices with the same singular vectors and singular values near 1."""
     x = matrices_BMN
     tall = x.shape[1] > x.shape[2]
     if tall:

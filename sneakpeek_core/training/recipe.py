@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import sys
 import types
@@ -16,6 +15,8 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ..whole_file import whole_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,9 +109,8 @@ def record(path: Path, step: int, table: dict[str, Any]) -> list[str]:
         return []
     known = [one for one in known if one["from_step"] < step]
     known.append({"from_step": step, "recipe": table})
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(json.dumps(one) + "\n" for one in known), "utf-8")
-    os.replace(fresh, path)
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(one) + "\n" for one in known), "utf-8")
     if before is None:
         return []
     return sorted(key for key in before | now if before.get(key) != now.get(key))

@@ -61,7 +61,7 @@ class VaeRecipe:
     decoder_only: bool = False  # leave the encoder, and so all latents, as they are
     latent_noise: float = 0.0  # most noise on latents, which a sampler's are not free of either
     still: float = 0.0  # weight of the distance between what rests and its picture encoded alone
-    begin: float = 0.0  # share of the run before these two: an encoder that says nothing learns none
+    begin: float = 0.0  # share of the run before these two, which stop one that says nothing
     compile: bool = False  # norms and activations, into one kernel
 
     def __post_init__(self) -> None:
