@@ -103,7 +103,8 @@ def _encode(recipe: CausalRecipe, data: Any, cache: Path) -> Sequence[str]:
         if not state.is_main_process:
             return source.names
         device = state.device or torch.device("cpu")
-        vae = load_vae(recipe.vae or EMBEDDED / "tiny_vae.safetensors", device=device)
+        dtype = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
+        vae = load_vae(recipe.vae or EMBEDDED / "tiny_vae.safetensors", dtype, device)
         encoder = load_text_encoder(
             recipe.text_encoder or EMBEDDED / "tiny_text_encoder.safetensors"
         )
