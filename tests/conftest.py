@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 # What these assert fails with values, as it does in the tests themselves.
 pytest.register_assert_rewrite(
@@ -21,6 +22,13 @@ pytest.register_assert_rewrite(
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator():
+    """`accelerate` keeps the first precision it is asked for, for the rest of the process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
