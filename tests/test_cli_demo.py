@@ -36,7 +36,7 @@ def test_the_demo_follows_its_steps(folder: Path, capsys):
     lines = printed.out.splitlines()
     assert [line[7:] for line in lines[:4]] == list(scene.sentences)
     found = re.search(r"(\d) of 4 steps followed", printed.out)
-    assert found and int(found[1]) == sum(line.startswith("done") for line in lines) >= 1
+    assert found and int(found[1]) == sum(line.startswith("done") for line in lines) >= 3
     assert printed.err.count("chunk ") == 9  # the start picture and eight chunks
     # The file is compressed: positions survive, though not every shape does.
     written = score(scene, frames_of_file(folder / "demo.mp4").float() / 255)

@@ -15,7 +15,7 @@ def add(commands) -> None:
     command = commands.add_parser("train", help="train a model by a recipe, or go on training")
     command.set_defaults(run=run)
     add = command.add_argument
-    add("recipe", metavar="RECIPE", help="a TOML file, or vae or causal: the tiny model's own")
+    add("recipe", metavar="RECIPE", help="a TOML file, or the name of one that comes along")
     add("--out", type=Path, required=True, metavar="FOLDER", help="checkpoints, log, weights")
     add("--cache", type=Path, metavar="FOLDER", help="encoded videos (default: in --out)")
     add("--release", type=Path, metavar="FILE", help="write the trained weights in bf16 as well")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..model.presets import PRESETS, Preset, stated_fields
 from ..model.rope import Rope, rope_for
 from ..model.transformer import Block, WanTransformer
 from ..model.weights import LoadedModel, save_model
-from ..shapes import LATENT_CHANNELS, PATCH
+from ..shapes import PATCH
 from ..sigmas import TRAIN_STEPS
 from .layout import LayoutRecipe, SketchRecipe
 from .lora import LoraRecipe, add_lora, save_lora
@@ -85,38 +84,24 @@ class CausalRecipe:
     span: int = 21  # latent frames of a sequence; longer videos are cut anew each time
     batch: int = 8
     keyframe_weight: float = 3.0  # of a keyframe's error against a chunk frame's
-    channel_weights: tuple[float, ...] = ()  # of latent channels in the loss; none: all alike
     held_out: int = 32  # videos that are only evaluated
     checkpointing: bool = False  # of activations: a third slower, a fraction of the memory
-
-    def __post_init__(self) -> None:
-        weights = self.channel_weights
-        if weights and (len(weights) != LATENT_CHANNELS or min(weights) < 0 or not any(weights)):
-            raise ValueError(
-                f"channel_weights {list(weights)} must be {LATENT_CHANNELS} numbers of 0 or more; "
-                "leave them out for all alike"
-            )
 
 
 class CausalLoss(nn.Module):
     """The transformer and its loss as one module, so that every launcher can wrap its forward."""
-
-    channel_weights: Tensor
 
     def __init__(
         self,
         tree: WanTransformer,
         span: int,
         checkpointing: bool = False,
-        channel_weights: Sequence[float] = (),
         own_past: OwnPastRecipe | None = None,
     ):
         super().__init__()
         self.tree = tree
         self.span = span
         self.own_past = own_past
-        weights = torch.tensor(channel_weights or [1.0] * LATENT_CHANNELS)
-        self.register_buffer("channel_weights", weights / weights.mean(), persistent=False)
         self.host = Host(run=partial(checkpoint, use_reentrant=False)) if checkpointing else Host()
 
     def forward(self, *parts: Tensor) -> dict[str, Tensor]:
@@ -125,10 +110,9 @@ class CausalLoss(nn.Module):
         if self.own_past is not None and self.training:
             batch = with_own_past(batch, self.own_past, self.flow)
         flow = self.flow(batch).to(batch.flow_BCFHW.dtype)
-        error_BCF = (flow - batch.flow_BCFHW).square().mean((3, 4))
-        weighted_BF = (error_BCF * self.channel_weights[:, None]).mean(1)
-        losses = {"loss": (batch.weights_BF * weighted_BF).sum() / batch.weights_BF.sum()}
-        error_BF = error_BCF.mean(1).detach()
+        error_BF = (flow - batch.flow_BCFHW).square().mean((1, 3, 4))
+        losses = {"loss": (batch.weights_BF * error_BF).sum() / batch.weights_BF.sum()}
+        error_BF = error_BF.detach()
         for index, kind in enumerate(KINDS):
             for name, chosen in (
                 (kind, batch.kinds_BF == index),
@@ -183,9 +167,7 @@ class CausalStage:
         if recipe.lora is not None:
             add_lora(tree, recipe.lora, recipe.run.seed)
         own_past = recipe.own_past if recipe.own_past.share else None
-        self.module = CausalLoss(
-            tree, recipe.span, recipe.checkpointing, recipe.channel_weights, own_past
-        )
+        self.module = CausalLoss(tree, recipe.span, recipe.checkpointing, own_past)
         preset = PRESETS["tiny"] if start is None else start.preset
         shift = preset.shift if recipe.shift is None else recipe.shift
         self._preset = trained_preset(preset, recipe, shift, fps)
