@@ -138,6 +138,21 @@ def test_toy_data_are_scenes_that_no_score_uses():
     assert (made.frames_FHWC.float() / 255 - render(scene)).abs().max() < 0.5 / 255 + 1e-6
 
 
+def test_toy_data_may_begin_in_the_middle():
+    """Where a long video's later steps begin: the end of its earlier ones is the first picture."""
+    data = ToyData(videos=6, steps=2, open_ended=0.0, moved=2)
+    begins = []
+    for index in range(data.videos):
+        made = data.clip(index)
+        for moved in range(3):
+            whole = make_scene(FIRST_TRAINING_SEED + index, moved + 2)
+            first, last = ((render(whole) * 255).round().byte()[i] for i in (moved * 24, -1))
+            if torch.equal(made.frames_FHWC[0], first) and torch.equal(made.frames_FHWC[-1], last):
+                assert tuple(text for text, _ in made.steps) == whole.sentences[moved:]
+                begins.append(moved)
+    assert sorted(begins) == [0, 0, 1, 1, 2, 2]
+
+
 # -- a folder of videos
 
 

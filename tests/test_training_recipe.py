@@ -106,6 +106,7 @@ def test_data_is_chosen_by_its_kind():
         (NoiseRecipe, {"given": -0.1}),
         (ToyData, {"open_ended": 15.0}),
         (ToyData, {"videos": 0}),
+        (ToyData, {"moved": -1}),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(kind: type, changes: dict[str, float]):

@@ -102,6 +102,10 @@ class Scene:
             at.append(tuple(now))
         return at
 
+    def after(self, moves: int) -> Scene:
+        """Return what is left of the scene once the first of its moves are made."""
+        return replace(self, start=self.positions()[moves], moves=self.moves[moves:])
+
 
 def target_of(place: str, at: Point, box: Point) -> Point:
     """Return where an object that lies at `at` goes. `ValueError` for a place that says nothing."""

@@ -45,10 +45,13 @@ class ToyData:
     objects: int = 3
     open_ended: float = 0.15  # share of steps that say "somewhere else"
     same_colour: float = SAME_COLOUR  # of scenes in which only the shape tells two objects apart
+    moved: int = 0  # videos begin after up to so many moves, as a long one's later steps do
 
     def __post_init__(self) -> None:
         check_counts(self, "videos", "steps")
         check_shares(self, "open_ended", "same_colour")
+        if self.moved < 0:
+            raise ValueError(f"moved {self.moved} is not allowed; use 0 moves or more")
 
     @property
     def fps(self) -> float:
@@ -61,10 +64,11 @@ class ToyData:
 
     def clip_of(self, seed: int) -> Clip:
         """Return the video of any scene."""
+        moved = seed % (self.moved + 1)
         scene = make_scene(
-            seed, self.steps, tier=self.tier, objects=self.objects,
+            seed, moved + self.steps, tier=self.tier, objects=self.objects,
             open_ended=self.open_ended, same_colour=self.same_colour,
-        )  # fmt: skip
+        ).after(moved)  # fmt: skip
         latent_frames = FRAMES_PER_STEP // TEMPORAL
         steps = tuple((sentence, latent_frames) for sentence in scene.sentences)
         return Clip(as_bytes(render(scene)), steps)
