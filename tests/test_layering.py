@@ -103,6 +103,7 @@ LAYOUT = {
     "training.video_folder": "torch numpy av pictures schedule shapes training.latent_set",
     "training.sources": "torch shapes toyworld.render toyworld.scene training.latent_set"
     " training.recipe training.video_folder",
+    "training.attention": "torch model.forward",
     "training.clips": "torch",
     "training.vae_stage": "torch model.weights shapes training.clips training.recipe"
     " training.sources vae.streaming vae.wan",
@@ -112,8 +113,8 @@ LAYOUT = {
     "training.sequences": "torch model.parallel training.cuts training.layout training.recipe",
     "training.own_past": "torch training.recipe training.sequences",
     "training.causal_stage": "torch guidance model.config model.forward model.parallel"
-    " model.presets model.rope model.transformer model.weights shapes sigmas training.layout"
-    " training.lora training.own_past training.recipe training.sequences",
+    " model.presets model.rope model.transformer model.weights shapes sigmas training.attention"
+    " training.layout training.lora training.own_past training.recipe training.sequences",
     "training.stages": "torch accelerate tqdm assembly model.fingerprint model.weights text_encoder"
     " training.causal_stage training.latent_set training.loop training.recipe training.sources"
     " training.vae_stage vae.wan",

@@ -33,6 +33,7 @@ from ..model.transformer import Block, WanTransformer
 from ..model.weights import LoadedModel, save_model
 from ..shapes import PATCH
 from ..sigmas import TRAIN_STEPS
+from .attention import attend
 from .layout import LayoutRecipe, SketchRecipe
 from .lora import LoraRecipe, add_lora, save_lora
 from .own_past import OwnPastRecipe, with_own_past
@@ -102,7 +103,9 @@ class CausalLoss(nn.Module):
         self.tree = tree
         self.span = span
         self.own_past = own_past
-        self.host = Host(run=partial(checkpoint, use_reentrant=False)) if checkpointing else Host()
+        self.host = Host(attend=attend)
+        if checkpointing:
+            self.host = replace(self.host, run=partial(checkpoint, use_reentrant=False))
 
     def forward(self, *parts: Tensor) -> dict[str, Tensor]:
         """Return `loss`, and the error of each kind of frame, overall and from high noise."""
