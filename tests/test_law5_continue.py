@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,8 +131,11 @@ def test_a_plan_outlives_the_freeze(tmp_path: Path):
     assert after.rollout.planned_at == 1
 
 
-def record(folder: str, name: str, again: str = "") -> None:
-    """Record a video with a journal beside it, announcing every chunk on stdout."""
+def record(folder: str, name: str, again: str = "", pause: str = "0") -> None:
+    """Record a video with a journal beside it, announcing every chunk on stdout.
+
+    `pause` is in seconds, after every chunk: it lets a signal arrive in time on a busy machine.
+    """
     journal = Path(folder, "video.journal")
     if again:
         source = resume(journal, model(), Conditioner(fps=FPS))
@@ -144,7 +148,7 @@ def record(folder: str, name: str, again: str = "") -> None:
         lambda made: print(made.chunk.number, flush=True),
     )  # fmt: skip
     while recorder.step():
-        pass
+        time.sleep(float(pause))
     writer.close()
     save_file({"latents": latents_of(source)}, Path(folder, "latents"))
 
@@ -159,7 +163,7 @@ def test_a_killed_recording_plays_and_goes_on(tmp_path: Path):
     for attempt, again in enumerate(("", "again")):
         last = rng.randrange(at_least + 1, at_least + 5)
         name = f"{attempt}.mp4"
-        with in_new_process(record, tmp_path, name, again) as child:
+        with in_new_process(record, tmp_path, name, again, 0.2) as child:
             assert child.stdout is not None
             announced = [int(child.stdout.readline()) for _ in range(last + 1)]
             child.send_signal(signal.SIGKILL)
