@@ -17,6 +17,7 @@ from sneakpeek_core.training.vae_stage import (
     VaeRecipe,
     VaeStage,
     attention_weight,
+    edge_error,
     fold_statistics,
     initial_vae,
     restlessness,
@@ -195,6 +196,24 @@ def test_a_strong_colour_that_moves_weighs_most():
     )
     more = asked - without
     assert more[:2, 9:13, 9:16].eq(7).all() and more[:, :9].eq(0).all() and more[2].eq(0).all()
+
+
+def test_edges_weigh_what_their_pixels_weigh():
+    """A wrong edge costs its pixels' weight; one as wrong all over has no edges."""
+    error, weight = torch.zeros(1, 2, 8, 8, 3), torch.ones(1, 2, 8, 8, 1)
+    error[:, 0, 4:], weight[:, 0, 4:] = 0.5, 6.0
+    plain, weighted = edge_error(error), edge_error(error, weight)
+    # one of 7 rows of differences, on one of two frames
+    assert plain == pytest.approx(0.5 / 14) and weighted == pytest.approx(6 * plain)
+    assert edge_error(torch.full((1, 2, 8, 8, 3), 0.5), weight) == 0
+
+
+def test_weighted_edges_are_in_the_loss_when_asked():
+    """At the weight that the recipe says, per mean weight of a pixel."""
+    without, asked = (VaeStage(replace(RECIPE, weighted_edges=weight)) for weight in (0.0, 2.0))
+    batch = without.batch(0, 0)
+    losses = [float(stage.module(*batch)["loss"].detach()) for stage in (without, asked)]
+    assert losses[1] > losses[0]
 
 
 def test_folding_changes_the_scale_and_no_picture():

@@ -52,6 +52,7 @@ class VaeRecipe:
     dim: int = 16
     kl: float = 1e-4
     edges: float = 0.5  # weight of the error of spatial differences
+    weighted_edges: float = 0.0  # weight of the same, heavier where pixels are
     foreground: float = 4.0  # added weight of pixels unlike the ground
     moving: float = 4.0  # added weight of pixels that change
     vivid: float = 0.0  # added weight of those next to a strong colour that changes
@@ -109,9 +110,10 @@ class VaeLoss(nn.Module):
         weight = attention_weight(clip_BFHWC, recipe)
         error = decoded - clip_BFHWC
         pixels = (weight * (error.abs() + error.square())).mean() / weight.mean()
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = pixels + recipe.edges * edges + recipe.kl * kl
+        loss = pixels + recipe.edges * edge_error(error) + recipe.kl * kl
+        if recipe.weighted_edges:
+            loss = loss + recipe.weighted_edges * edge_error(error, weight / weight.mean())
         restless = mean.new_tensor(math.nan)  # not looked at
         if still:
             restless = restlessness(self.vae, clip_BFHWC, mean)
@@ -142,6 +144,14 @@ def restlessness(vae: WanVAE, clip_BFHWC: Tensor, latents_BCFHW: Tensor) -> Tens
     apart = (latents_BCFHW[:, :, 1:] - alone.transpose(1, 2)).square().mean(1)
     variance = latents_BCFHW.detach().var((0, 2, 3, 4)).mean()
     return (rests * apart).sum() / rests.sum().clamp(min=1) / variance
+
+
+def edge_error(error_BFHWC: Tensor, weight_BFHW1: Tensor | None = None) -> Tensor:
+    """Return how wrong the differences to the next pixel are, down and across: a mean each."""
+    down, across = error_BFHWC.diff(dim=2).abs(), error_BFHWC.diff(dim=3).abs()
+    if weight_BFHW1 is not None:
+        down, across = weight_BFHW1[:, :, 1:] * down, weight_BFHW1[:, :, :, 1:] * across
+    return down.mean() + across.mean()
 
 
 def attention_weight(clip_BFHWC: Tensor, recipe: VaeRecipe) -> Tensor:
