@@ -209,11 +209,17 @@ def test_edges_weigh_what_their_pixels_weigh():
 
 
 def test_weighted_edges_are_in_the_loss_when_asked():
-    """At the weight that the recipe says, per mean weight of a pixel."""
-    without, asked = (VaeStage(replace(RECIPE, weighted_edges=weight)) for weight in (0.0, 2.0))
-    batch = without.batch(0, 0)
-    losses = [float(stage.module(*batch)["loss"].detach()) for stage in (without, asked)]
-    assert losses[1] > losses[0]
+    """At the recipe's weight. Where all pixels weigh the same they are plain edges, else not."""
+    batch = VaeStage(RECIPE).batch(0, 0)
+
+    def loss(edges: float, weighted: float, heavy: float) -> float:
+        weights = {"edges": edges, "weighted_edges": weighted, "foreground": heavy}
+        stage = VaeStage(replace(RECIPE, moving=0.0, **weights))
+        return float(stage.module(*batch)["loss"].detach())
+
+    assert loss(0.0, 2.0, heavy=0.0) == pytest.approx(loss(2.0, 0.0, heavy=0.0), rel=1e-5)
+    assert loss(0.0, 2.0, heavy=0.0) > loss(0.0, 1.0, heavy=0.0) > loss(0.0, 0.0, heavy=0.0)
+    assert loss(0.0, 2.0, heavy=9.0) != pytest.approx(loss(2.0, 0.0, heavy=9.0), rel=1e-3)
 
 
 def test_folding_changes_the_scale_and_no_picture():
